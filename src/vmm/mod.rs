@@ -1,0 +1,8 @@
+//! One virtual machine: memory, vCPUs, boot protocol, ACPI, PCI, lifecycle.
+//!
+//! `VmSpec` in, `VmHandle` out; plain threads (`<name>/vcpuK`, `<name>/dev`, `<name>/blk`), no
+//! tokio, no policy. Every end of a VM has a name ([`VmEnd`]).
+
+pub mod spec;
+
+pub use spec::{BootPhase, DiskSource, DiskSpec, KernelSource, NetSpec, VmEnd, VmSpec};
