@@ -15,4 +15,6 @@ pub mod image;
 pub mod net;
 pub mod plugin;
 pub mod pool;
+#[cfg(test)]
+pub mod testing;
 pub mod vmm;
