@@ -1,1 +1,4 @@
 //! The pool.
+pub mod keys;
+pub mod limits;
+pub mod ssh;
