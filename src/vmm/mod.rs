@@ -3,6 +3,8 @@
 //! `VmSpec` in, `VmHandle` out; plain threads (`<name>/vcpuK`, `<name>/dev`, `<name>/blk`), no
 //! tokio, no policy. Every end of a VM has a name ([`VmEnd`]).
 
+pub mod layout;
+pub mod memory;
 pub mod spec;
 
 pub use spec::{BootPhase, DiskSource, DiskSpec, KernelSource, NetSpec, VmEnd, VmSpec};
