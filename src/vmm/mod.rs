@@ -3,6 +3,7 @@
 //! `VmSpec` in, `VmHandle` out; plain threads (`<name>/vcpuK`, `<name>/dev`, `<name>/blk`), no
 //! tokio, no policy. Every end of a VM has a name ([`VmEnd`]).
 
+pub mod acpi;
 pub mod boot;
 pub mod layout;
 pub mod memory;
