@@ -5,6 +5,7 @@
 
 pub mod acpi;
 pub mod boot;
+pub mod cpu;
 pub mod layout;
 pub mod memory;
 pub mod spec;
