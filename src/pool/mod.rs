@@ -1,4 +1,11 @@
-//! The pool.
+//! The pool: instances and their lifecycle.
+
 pub mod keys;
 pub mod limits;
+pub mod spec;
 pub mod ssh;
+
+pub use spec::{
+    ConnectInfo, FixedCredential, InstanceId, InstanceState, Login, PoolError, PoolSpec, Shape,
+    VmmKind,
+};
