@@ -1,5 +1,7 @@
 //! The pool: instances and their lifecycle.
 
+pub mod brain;
+pub mod ids;
 pub mod keys;
 pub mod limits;
 pub mod spec;
