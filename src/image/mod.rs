@@ -18,3 +18,105 @@ pub enum RunnerSource {
     /// The vendor's package, installed by the prebuild where it can be had.
     Package,
 }
+use std::fs::File;
+use std::net::Ipv4Addr;
+use std::path::Path;
+#[derive(Debug, thiserror::Error)]
+#[error("x")]
+pub struct ImageError;
+#[derive(Debug, Clone)]
+pub struct GenerationKey;
+impl std::fmt::Display for GenerationKey {
+    fn fmt(&self, _f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        Ok(())
+    }
+}
+#[derive(Debug)]
+pub struct Store;
+#[derive(Debug)]
+pub struct BuildLock;
+#[derive(Debug, Clone)]
+pub struct Generation {
+    pub key: GenerationKey,
+    pub disk: PathBuf,
+    pub kernel: PathBuf,
+    pub initrd: Option<PathBuf>,
+    pub root: String,
+    pub tested: bool,
+}
+#[derive(Debug)]
+pub struct BuildPlan {
+    pub disk: PathBuf,
+    pub seed: PathBuf,
+    pub kernel: PathBuf,
+    pub initrd: Option<PathBuf>,
+    pub root: String,
+}
+#[derive(Debug)]
+pub struct SeedNet {
+    pub address: Ipv4Addr,
+    pub prefix_len: u8,
+    pub gateway: Ipv4Addr,
+    pub mac: [u8; 6],
+    pub mtu: u16,
+    pub dns: Vec<Ipv4Addr>,
+}
+#[derive(Debug)]
+pub struct BuildProgress;
+impl std::fmt::Display for BuildProgress {
+    fn fmt(&self, _f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        Ok(())
+    }
+}
+#[derive(Debug)]
+pub struct BuildInputs {
+    pub image: PathBuf,
+    pub disk_gib: u32,
+    pub username: String,
+    pub password: Option<String>,
+    pub extra_commands: Vec<String>,
+    pub on_command_error: PrebuildOnError,
+    pub runner: RunnerSource,
+    pub agent: File,
+    pub agent_protocol: u32,
+}
+impl BuildInputs {
+    pub fn key(&self, _s: &Store) -> Result<GenerationKey, ImageError> {
+        Err(ImageError)
+    }
+}
+impl Store {
+    pub fn open(_d: &Path) -> Result<Self, ImageError> {
+        Ok(Self)
+    }
+    pub fn find(&self, _k: &GenerationKey) -> Result<Option<Generation>, ImageError> {
+        Ok(None)
+    }
+    pub fn try_build_lock(&self) -> Result<Option<BuildLock>, ImageError> {
+        Ok(None)
+    }
+    pub fn plan(
+        &self,
+        _l: &BuildLock,
+        _i: &BuildInputs,
+        _n: &SeedNet,
+        _p: &dyn Fn(BuildProgress),
+    ) -> Result<BuildPlan, ImageError> {
+        Err(ImageError)
+    }
+    pub fn seal(&self, _l: &BuildLock, _p: BuildPlan) -> Result<Generation, ImageError> {
+        Err(ImageError)
+    }
+    pub fn mark_tested(&self, _g: &Generation) -> Result<(), ImageError> {
+        Ok(())
+    }
+    pub fn console_path(&self, _i: &str) -> PathBuf {
+        PathBuf::new()
+    }
+    pub fn create_console(&self, _i: &str) -> Result<File, ImageError> {
+        Err(ImageError)
+    }
+    pub fn collect_garbage(&self, _k: &GenerationKey) -> Result<(), ImageError> {
+        Ok(())
+    }
+}
