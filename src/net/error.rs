@@ -24,6 +24,8 @@ pub enum NetError {
         "group_name {name:?} is in use by another process of this host; hint: give each [[runners]] its own group_name, or leave it out"
     )]
     GroupTaken { name: String },
+    #[error("fleetingd0 is in use by another process that builds")]
+    BuildSlotTaken,
     #[error("cannot open /dev/net/tun; hint: modprobe tun, and run as root")]
     OpenTun {
         #[source]

@@ -22,11 +22,12 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 pub use error::NetError;
+pub use locks::Lock;
 pub use slot::{Slot, SlotRole};
 pub use spec::{AllowHost, AllowPrivate, NetSpec, Protocol, Subnet};
 
 use link::Links;
-use locks::{Lock, RunDir};
+use locks::RunDir;
 use rules::Rules;
 
 /// Where every process of a host keeps its locks, whatever the config says.
@@ -108,8 +109,8 @@ impl Net {
             })
     }
 
-    /// A slot with an open, drained TAP whose rules are in place. For [`SlotRole::Build`] waits
-    /// until no other process builds.
+    /// A slot with an open, drained TAP whose rules are in place. For [`SlotRole::Build`] fails
+    /// with [`NetError::BuildSlotTaken`] while another process of the host builds.
     pub async fn acquire(&mut self, role: SlotRole) -> Result<Slot, NetError> {
         if role == SlotRole::Worker
             && let Some((slot, _since)) = self.idle.pop()
@@ -128,6 +129,11 @@ impl Net {
         if slot.role() == SlotRole::Worker {
             self.idle.push((slot, now));
         }
+    }
+
+    /// Closes a slot now.
+    pub async fn retire(&mut self, slot: Slot) -> Result<(), NetError> {
+        self.rules.remove_slot(&slot).await
     }
 
     /// Closes slots that nobody wanted for a minute, so that other processes can have them.

@@ -33,11 +33,10 @@ pub struct Slot {
 impl Slot {
     /// Locks a free TAP number and a free /30 of `subnet` and creates the TAP.
     pub(super) fn open(run: &RunDir, subnet: &Subnet, role: SlotRole) -> Result<Self, NetError> {
-        let numbers = match role {
-            SlotRole::Build => 0..1,
-            SlotRole::Worker => 1..MAX_TAP,
+        let (number, tap_lock) = match role {
+            SlotRole::Build => (0, run.try_lock("tap.0")?.ok_or(NetError::BuildSlotTaken)?),
+            SlotRole::Worker => run.lock_first("tap.", 1..MAX_TAP)?,
         };
-        let (number, tap_lock) = run.lock_first("tap.", numbers)?;
         let (base, address_lock) = lock_address(run, subnet)?;
         Ok(Self {
             number,
