@@ -34,3 +34,12 @@ pub fn run(line: &str) -> String {
     );
     text
 }
+
+/// Waits until `condition` holds, at most five seconds.
+pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+    let started = std::time::Instant::now();
+    while !condition() {
+        assert!(started.elapsed().as_secs() < 5, "not in time: {what}");
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+}

@@ -8,6 +8,7 @@
 //! **Invariant:** what must not outlive the process is held by a descriptor: TAPs are not
 //! persistent and locks are flocks. Only the tables stay, and the next start removes them.
 
+mod conntrack;
 mod error;
 mod link;
 mod locks;
@@ -21,6 +22,7 @@ use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+pub use conntrack::forget as forget_connections;
 pub use error::NetError;
 pub use locks::Lock;
 pub use slot::{Slot, SlotRole};

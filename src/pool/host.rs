@@ -19,7 +19,7 @@ use super::preflight;
 use super::spec::VmmKind;
 use super::spec::{FixedCredential, PoolSpec};
 use crate::image::Store;
-use crate::net::{Net, Slot, Uplink};
+use crate::net::{Net, Slot, Uplink, forget_connections};
 
 /// What a pool stands on.
 #[derive(Debug)]
@@ -172,8 +172,14 @@ impl Machines {
         }
     }
 
-    /// Takes a worker's slot back.
+    /// Takes a worker's slot back, with nothing of its machine left to the next one.
     pub async fn release(&self, slot: Slot) {
+        let address = slot.guest_address();
+        match tokio::task::spawn_blocking(move || forget_connections(address)).await {
+            Ok(Ok(_count)) => {}
+            Ok(Err(e)) => tracing::warn!("forget connections of {address}: {e}"),
+            Err(e) => tracing::warn!("forget connections of {address}: {e}"),
+        }
         if let Some(net) = self.net.lock().await.as_mut() {
             net.release(slot, Instant::now());
         }
