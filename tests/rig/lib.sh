@@ -49,7 +49,7 @@ debian_mirror() {
 # fetch_debs SUITE DIR PACKAGE...: downloads and unpacks packages of a Debian release into DIR,
 # whatever release this machine runs. A package that only depends on others brings those.
 fetch_debs() {
-    local suite=$1 dir=$2 apt=$RIG/apt/$1 package names=(); shift 2
+    local suite=$1 dir=$2 apt=$RIG/.apt package names=(); shift 2
     mkdir -p "$apt"/{state/lists/partial,cache/archives/partial,etc,debs} "$dir"
     printf 'deb [arch=amd64 signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] %s %s main\n' \
         "$(debian_mirror)" "$suite" >"$apt/etc/sources.list"
@@ -76,6 +76,7 @@ fetch_debs() {
 # fetch_kernel SUITE DIR PACKAGE: a kernel package, unpacked and its modules indexed.
 fetch_kernel() {
     fetch_debs "$@"
+    [[ -e $2/lib ]] || ln -s usr/lib "$2/lib"
     depmod -b "$2" "$(kernel_release "$2")"
 }
 
@@ -89,7 +90,7 @@ copy_modules() {
     local tree=$1 dir=$2/modules release line file; shift 2
     release=$(kernel_release "$tree")
     mkdir -p "$dir"
-    modprobe -d "$tree" -S "$release" --show-depends -a "$@" 2>/dev/null \
+    modprobe -d "$tree" -S "$release" --show-depends -a "$@" \
         | sed -n 's/^insmod \([^ ]*\).*/\1/p' | awk '!seen[$0]++' \
         | while read -r line; do
             file=$(basename "$line")
