@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 
 use event_manager::{
-    EventManager, EventOps, Events, MutEventSubscriber, RemoteEndpoint, SubscriberId, SubscriberOps,
+    EventManager, EventOps, Events, MutEventSubscriber, RemoteEndpoint, SubscriberId,
 };
 use virtio_queue::QueueState;
 
