@@ -4,10 +4,30 @@
 //! tokio, no policy. Every end of a VM has a name ([`VmEnd`]).
 
 pub mod acpi;
+mod assemble;
 pub mod boot;
 pub mod cpu;
+mod delta;
+mod error;
+mod gate;
+mod handle;
+mod irq;
+mod kick;
+mod kvm;
 pub mod layout;
 pub mod memory;
+mod pci;
+mod platform;
 pub mod spec;
+mod supervisor;
+#[cfg(test)]
+mod testing;
+mod timeline;
+mod vcpu;
+mod vm;
 
+pub use error::{StartError, VmGone};
+pub use handle::{VmHandle, VmStats};
+pub use kvm::{KvmProblem, check_kvm};
 pub use spec::{BootPhase, DiskSource, DiskSpec, KernelSource, NetSpec, VmEnd, VmSpec};
+pub use vm::start;
