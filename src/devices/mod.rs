@@ -21,6 +21,8 @@ pub mod fault;
 pub mod interrupt;
 pub mod net;
 pub mod queue;
+#[cfg(test)]
+pub mod testing;
 pub mod transport;
 pub mod uart;
 pub mod worker;

@@ -7,9 +7,11 @@
 use std::num::Wrapping;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
-use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
+use virtio_bindings::virtio_ring::{
+    VRING_AVAIL_F_NO_INTERRUPT, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
+};
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueState, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
@@ -20,7 +22,7 @@ use super::{GuestMemory, Interrupt};
 
 /// Size of a descriptor table entry (virtio 1.2, 2.7.5).
 const DESCRIPTOR_BYTES: u64 = 16;
-/// No request of ours may span more: bounds the work one chain can cause.
+/// Few requests span more: bounds the work one chain can cause.
 const MAX_CHAIN_BYTES: u64 = 64 << 20;
 
 /// One piece of guest memory, checked to lie in RAM.
@@ -139,16 +141,26 @@ pub struct RunningQueue {
     queue: Queue,
     kick: Arc<EventFd>,
     interrupt: Interrupt,
+    /// Where the used index was when the driver was last told or found deaf.
+    signalled: Wrapping<u16>,
+    max_chain_bytes: u64,
 }
 
 impl RunningQueue {
     /// Takes a validated queue, the descriptor its driver kicks and the line to answer on.
     pub fn new(queue: Queue, kick: Arc<EventFd>, interrupt: Interrupt) -> Self {
         Self {
+            signalled: Wrapping(queue.next_used()),
+            max_chain_bytes: MAX_CHAIN_BYTES,
             queue,
             kick,
             interrupt,
         }
+    }
+
+    /// Lets one chain span up to `bytes`, where the device's work does not grow with them.
+    pub fn set_max_chain_bytes(&mut self, bytes: u64) {
+        self.max_chain_bytes = bytes;
     }
 
     /// The descriptor to poll for kicks.
@@ -184,10 +196,26 @@ impl RunningQueue {
     pub fn set_positions(&mut self, next_avail: u16, next_used: u16) {
         self.queue.set_next_avail(next_avail);
         self.queue.set_next_used(next_used);
+        self.signalled = Wrapping(next_used);
+    }
+
+    /// The used index as it stands in guest memory: where an in-kernel back end wrote last.
+    pub fn used_index(&self, mem: &GuestMemory) -> Result<u16, GuestFault> {
+        self.queue
+            .used_idx(mem, Ordering::Acquire)
+            .map(|index| index.0)
+            .map_err(|_unreadable| GuestFault::RingMemory)
     }
 
     /// The next request, `None` when the driver has made no more available.
     pub fn pop(&mut self, mem: &GuestMemory) -> Result<Option<Chain>, GuestFault> {
+        let mut chain = Chain::default();
+        Ok(self.pop_into(mem, &mut chain)?.then_some(chain))
+    }
+
+    /// The same into a chain that was used before, so that nothing is allocated; false when the
+    /// driver has made no more available.
+    pub fn pop_into(&mut self, mem: &GuestMemory, chain: &mut Chain) -> Result<bool, GuestFault> {
         let index = self
             .queue
             .avail_idx(mem, Ordering::Acquire)
@@ -203,7 +231,7 @@ impl RunningQueue {
             });
         }
         if ahead == 0 {
-            return Ok(None);
+            return Ok(false);
         }
         let slot = u64::from(next.0.checked_rem(size).unwrap_or(0));
         // Avail ring: flags and idx are two bytes each, then the ring (virtio 1.2, 2.7.6).
@@ -212,9 +240,9 @@ impl RunningQueue {
             .and_then(|at| mem.load(GuestAddress(at), Ordering::Relaxed).ok())
             .map(u16::from_le)
             .ok_or(GuestFault::RingMemory)?;
-        let chain = self.walk(mem, head)?;
+        self.walk(mem, head, chain)?;
         self.queue.set_next_avail((next + Wrapping(1)).0);
-        Ok(Some(chain))
+        Ok(true)
     }
 
     /// Puts the last popped chain back: it is the next one again.
@@ -230,12 +258,57 @@ impl RunningQueue {
             .map_err(|_unwritable| GuestFault::RingMemory)
     }
 
-    /// Raises the interrupt unless the driver asked for none (EVENT_IDX).
+    /// Returns several chains, each a head and the bytes written, under one index update: the
+    /// driver sees all of them or none, as a frame in several buffers needs (virtio 1.2, 5.1.6.4).
+    pub fn push_all(&mut self, mem: &GuestMemory, chains: &[(u16, u32)]) -> Result<(), GuestFault> {
+        let ring = self.queue.used_ring();
+        let size = self.queue.size();
+        let mut used = Wrapping(self.queue.next_used());
+        for (head, len) in chains {
+            let slot = u64::from(used.0.checked_rem(size).unwrap_or(0));
+            // Used ring: flags and idx are two bytes each, then elements of eight (2.7.8).
+            ring.checked_add(4 + slot * 8)
+                .and_then(|at| {
+                    // The head's index, then the length, 32 bits each.
+                    let element = u64::from(*head) | u64::from(*len) << 32;
+                    mem.write_obj(element.to_le(), GuestAddress(at)).ok()
+                })
+                .ok_or(GuestFault::RingMemory)?;
+            used += Wrapping(1);
+        }
+        self.queue.set_next_used(used.0);
+        ring.checked_add(2)
+            .and_then(|at| {
+                mem.store(used.0.to_le(), GuestAddress(at), Ordering::Release)
+                    .ok()
+            })
+            .ok_or(GuestFault::RingMemory)
+    }
+
+    /// Raises the interrupt if something was returned since the last call and the driver has not
+    /// asked for silence (virtio 1.2, 2.7.7 and 2.7.10).
     pub fn signal(&mut self, mem: &GuestMemory) -> Result<(), GuestFault> {
-        let wanted = self
-            .queue
-            .needs_notification(mem)
-            .map_err(|_unreadable| GuestFault::RingMemory)?;
+        let used = Wrapping(self.queue.next_used());
+        let old = std::mem::replace(&mut self.signalled, used);
+        if used == old {
+            return Ok(());
+        }
+        // The driver enables interrupts, then looks at the index: we do the reverse.
+        fence(Ordering::SeqCst);
+        let load = |at: u64| {
+            self.queue
+                .avail_ring()
+                .checked_add(at)
+                .and_then(|at| mem.load(GuestAddress(at), Ordering::Relaxed).ok())
+                .map(u16::from_le)
+                .ok_or(GuestFault::RingMemory)
+        };
+        let wanted = if self.queue.event_idx_enabled() {
+            let event = Wrapping(load(4 + u64::from(self.queue.size()) * 2)?);
+            used - event - Wrapping(1) < used - old
+        } else {
+            u32::from(load(0)?) & VRING_AVAIL_F_NO_INTERRUPT == 0
+        };
         if wanted {
             self.interrupt.signal();
         }
@@ -256,19 +329,20 @@ impl RunningQueue {
             .map_err(|_unwritable| GuestFault::RingMemory)
     }
 
-    fn walk(&self, mem: &GuestMemory, head: u16) -> Result<Chain, GuestFault> {
+    fn walk(&self, mem: &GuestMemory, head: u16, chain: &mut Chain) -> Result<(), GuestFault> {
         let size = self.queue.size();
         if head >= size {
             return Err(GuestFault::HeadOutOfRange { head, size });
         }
+        chain.head = head;
+        chain.readable.clear();
+        chain.writable.clear();
         let mut walk = Walk {
             mem,
             head,
-            chain: Chain {
-                head,
-                ..Chain::default()
-            },
+            chain,
             bytes: 0,
+            max_bytes: self.max_chain_bytes,
             steps: 0,
         };
         let table = self.queue.desc_table();
@@ -287,7 +361,7 @@ impl RunningQueue {
             walk.step(size)?;
             next = descriptor.next();
         }
-        Ok(walk.chain)
+        Ok(())
     }
 }
 
@@ -295,8 +369,9 @@ impl RunningQueue {
 struct Walk<'a> {
     mem: &'a GuestMemory,
     head: u16,
-    chain: Chain,
+    chain: &'a mut Chain,
     bytes: u64,
+    max_bytes: u64,
     steps: u16,
 }
 
@@ -366,8 +441,8 @@ impl Walk<'_> {
             return Err(self.fault("readable after writable"));
         }
         self.bytes += u64::from(descriptor.len());
-        if self.bytes > MAX_CHAIN_BYTES {
-            return Err(self.fault("longer than 64 MiB"));
+        if self.bytes > self.max_bytes {
+            return Err(self.fault("spans more than this device takes"));
         }
         let segment = Segment {
             addr: descriptor.addr(),

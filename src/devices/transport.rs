@@ -25,12 +25,12 @@ use super::{
 
 /// VIRTIO_MSI_NO_VECTOR.
 pub const NO_VECTOR: u16 = 0xffff;
-const NEEDS_RESET: u8 = VIRTIO_CONFIG_S_NEEDS_RESET as u8;
-const ACKNOWLEDGE: u8 = VIRTIO_CONFIG_S_ACKNOWLEDGE as u8;
-const DRIVER: u8 = VIRTIO_CONFIG_S_DRIVER as u8;
-const DRIVER_OK: u8 = VIRTIO_CONFIG_S_DRIVER_OK as u8;
-const FEATURES_OK: u8 = VIRTIO_CONFIG_S_FEATURES_OK as u8;
-const FAILED: u8 = VIRTIO_CONFIG_S_FAILED as u8;
+const NEEDS_RESET: u8 = status_bit(VIRTIO_CONFIG_S_NEEDS_RESET);
+const ACKNOWLEDGE: u8 = status_bit(VIRTIO_CONFIG_S_ACKNOWLEDGE);
+const DRIVER: u8 = status_bit(VIRTIO_CONFIG_S_DRIVER);
+const DRIVER_OK: u8 = status_bit(VIRTIO_CONFIG_S_DRIVER_OK);
+const FEATURES_OK: u8 = status_bit(VIRTIO_CONFIG_S_FEATURES_OK);
+const FAILED: u8 = status_bit(VIRTIO_CONFIG_S_FAILED);
 /// Every bit a driver may set.
 const DRIVER_BITS: u8 = ACKNOWLEDGE | DRIVER | DRIVER_OK | FEATURES_OK | FAILED;
 /// Features that every device has by its transport.
@@ -571,6 +571,14 @@ fn half_of(features: u64, select: u32) -> u32 {
         1 => high(features),
         _ => 0,
     }
+}
+
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "the status register has 8 bits"
+)]
+const fn status_bit(bit: u32) -> u8 {
+    bit as u8
 }
 
 #[expect(clippy::cast_possible_truncation, reason = "the lower half is meant")]

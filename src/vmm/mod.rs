@@ -4,39 +4,30 @@
 //! tokio, no policy. Every end of a VM has a name ([`VmEnd`]).
 
 pub mod acpi;
+mod assemble;
 pub mod boot;
 pub mod cpu;
+mod delta;
+mod error;
+mod gate;
+mod handle;
+mod irq;
+mod kick;
+mod kvm;
 pub mod layout;
 pub mod memory;
+mod pci;
+mod platform;
 pub mod spec;
+mod supervisor;
+#[cfg(test)]
+mod testing;
+mod timeline;
+mod vcpu;
+mod vm;
 
+pub use error::{StartError, VmGone};
+pub use handle::{VmHandle, VmStats};
+pub use kvm::{KvmProblem, check_kvm};
 pub use spec::{BootPhase, DiskSource, DiskSpec, KernelSource, NetSpec, VmEnd, VmSpec};
-#[derive(Debug, thiserror::Error)]
-#[error("x")]
-pub struct StartError;
-#[derive(Debug, thiserror::Error)]
-#[error("x")]
-pub struct VmGone;
-#[derive(Debug, thiserror::Error)]
-#[error("x")]
-pub struct KvmProblem;
-#[derive(Debug, Clone)]
-pub struct VmHandle;
-pub fn start(_s: VmSpec, _e: Box<dyn FnOnce(VmEnd) + Send>) -> Result<VmHandle, StartError> {
-    Err(StartError)
-}
-pub fn check_kvm() -> Result<(), KvmProblem> {
-    Ok(())
-}
-impl VmHandle {
-    pub fn kill(&self) {}
-    pub fn take_agent(&self) -> Option<std::os::unix::net::UnixStream> {
-        None
-    }
-    pub fn set_link(&self, _u: bool) -> Result<(), VmGone> {
-        Ok(())
-    }
-    pub fn console_tail(&self, _m: usize) -> String {
-        String::new()
-    }
-}
+pub use vm::start;

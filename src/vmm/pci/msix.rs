@@ -1,0 +1,177 @@
+//! MSI-X (PCI 3.0, 6.8.2): the table and pending bits of one function, and its vectors' lines.
+//!
+//! A vector is live if the function has MSI-X enabled and neither the function nor the vector is
+//! masked; otherwise its signals wait in its line. State is plain numbers; `refresh` makes the
+//! lines follow it.
+
+use serde::{Deserialize, Serialize};
+
+use crate::devices::Interrupt;
+use crate::vmm::irq::{Line, MsiMessage};
+
+/// Capability id.
+pub const CAPABILITY: u8 = 0x11;
+/// Message control: enable, mask the whole function.
+pub const CONTROL_ENABLE: u16 = 1 << 15;
+pub const CONTROL_MASK: u16 = 1 << 14;
+const ENTRY_BYTES: u64 = 16;
+const VECTOR_MASKED: u32 = 1;
+
+/// One entry of the table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+struct Entry {
+    address_low: u32,
+    address_high: u32,
+    data: u32,
+    control: u32,
+}
+
+impl Entry {
+    /// Masked, as after reset.
+    const RESET: Self = Self {
+        address_low: 0,
+        address_high: 0,
+        data: 0,
+        control: VECTOR_MASKED,
+    };
+
+    fn message(&self) -> MsiMessage {
+        MsiMessage {
+            address: u64::from(self.address_low) | (u64::from(self.address_high) << 32),
+            data: self.data,
+        }
+    }
+}
+
+/// What a snapshot keeps.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MsixState {
+    control: u16,
+    entries: Vec<Entry>,
+    /// Vectors that were signalled while masked.
+    pending: Vec<bool>,
+}
+
+/// The vectors of one function.
+#[derive(Debug)]
+pub struct Msix {
+    control: u16,
+    vectors: Vec<(Entry, Line)>,
+}
+
+impl Msix {
+    /// All masked and disabled. At most 2048 lines.
+    pub fn new(lines: Vec<Line>) -> Self {
+        let vectors = lines.into_iter().map(|line| (Entry::RESET, line)).collect();
+        Self {
+            control: 0,
+            vectors,
+        }
+    }
+
+    /// Number of vectors.
+    pub fn len(&self) -> u16 {
+        u16::try_from(self.vectors.len()).unwrap_or(u16::MAX)
+    }
+
+    /// The line of a vector; one that does not exist goes nowhere.
+    pub fn interrupt(&self, vector: u16) -> Interrupt {
+        let vector = self.vectors.get(usize::from(vector));
+        vector.map_or_else(Interrupt::none, |(_entry, line)| line.interrupt())
+    }
+
+    /// The guest wrote message control.
+    pub fn set_control(&mut self, control: u16) {
+        self.control = control & (CONTROL_ENABLE | CONTROL_MASK);
+        for index in 0..self.vectors.len() {
+            self.refresh(index);
+        }
+    }
+
+    /// A read of the table. Only whole dwords and pairs of them exist.
+    pub fn read_table(&self, offset: u64, data: &mut [u8]) {
+        let dwords = data.len() / 4;
+        if !is_aligned(offset, data.len()) {
+            data.fill(0xff);
+            return;
+        }
+        let offsets = (0..dwords).zip((offset..).step_by(4));
+        for ((_dword, at), bytes) in offsets.zip(data.chunks_mut(4)) {
+            let value = self.dword(at).unwrap_or(u32::MAX);
+            bytes.copy_from_slice(&value.to_le_bytes());
+        }
+    }
+
+    fn dword(&self, offset: u64) -> Option<u32> {
+        let (entry, _line) = self.vectors.get(index(offset)?)?;
+        Some(match offset % ENTRY_BYTES {
+            0 => entry.address_low,
+            4 => entry.address_high,
+            8 => entry.data,
+            _ => entry.control,
+        })
+    }
+
+    /// A write of the table; takes effect before it returns.
+    pub fn write_table(&mut self, offset: u64, data: &[u8]) {
+        if !is_aligned(offset, data.len()) {
+            return;
+        }
+        for (at, bytes) in (offset..).step_by(4).zip(data.chunks(4)) {
+            let (Ok(bytes), Some(index)) = (<[u8; 4]>::try_from(bytes), index(at)) else {
+                return;
+            };
+            let value = u32::from_le_bytes(bytes);
+            let Some((entry, _line)) = self.vectors.get_mut(index) else {
+                return;
+            };
+            match at % ENTRY_BYTES {
+                0 => entry.address_low = value & !3,
+                4 => entry.address_high = value,
+                8 => entry.data = value,
+                _ => entry.control = value & VECTOR_MASKED,
+            }
+            self.refresh(index);
+        }
+    }
+
+    /// A read of the pending bits.
+    pub fn read_pending(&self, offset: u64, data: &mut [u8]) {
+        for (at, byte) in (offset..).zip(data) {
+            *byte = 0;
+            let first = usize::try_from(at.saturating_mul(8)).unwrap_or(usize::MAX);
+            for (bit, (_entry, line)) in self.vectors.iter().skip(first).take(8).enumerate() {
+                *byte |= u8::from(line.is_pending()) << bit;
+            }
+        }
+    }
+
+    fn refresh(&mut self, index: usize) {
+        let live = self.control & (CONTROL_ENABLE | CONTROL_MASK) == CONTROL_ENABLE;
+        if let Some((entry, line)) = self.vectors.get_mut(index) {
+            let live = live && entry.control & VECTOR_MASKED == 0;
+            line.set(live.then(|| entry.message()));
+        }
+    }
+
+    /// The registers, and what is pending. Legal once the devices are at rest.
+    pub fn save(&self) -> MsixState {
+        MsixState {
+            control: self.control,
+            entries: self.vectors.iter().map(|(entry, _line)| *entry).collect(),
+            pending: self
+                .vectors
+                .iter()
+                .map(|(_entry, line)| line.is_pending())
+                .collect(),
+        }
+    }
+}
+
+fn index(offset: u64) -> Option<usize> {
+    usize::try_from(offset / ENTRY_BYTES).ok()
+}
+
+fn is_aligned(offset: u64, len: usize) -> bool {
+    matches!((len, offset % 8), (4, 0 | 4) | (8, 0))
+}

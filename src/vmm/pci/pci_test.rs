@@ -1,0 +1,1 @@
+//! A guest that reads and writes every register.

@@ -1,0 +1,124 @@
+# Shared by ./dev and the scripts beside this file: messages, build stamps, Debian packages.
+# Sourced with ROOT (the checkout) set and as the working directory.
+# shellcheck shell=bash
+
+# Everything built for tests lies here; each piece is rebuilt when its own scripts change.
+RIG=$ROOT/target/rig
+# Debian releases of the test kernels and images.
+SUITE=bookworm
+SUITE_NEW=trixie
+
+say() { printf '%s\n' "dev: $*" >&2; }
+die() { printf '%s\n' "dev: error: $*" >&2; exit 1; }
+
+as_root() {
+    if ((EUID == 0)); then "$@"
+    elif command -v sudo >/dev/null; then sudo "$@"
+    else die "must be root for: $*; hint: run as root or install sudo"
+    fi
+}
+
+# build NAME FUNCTION INPUT...: calls FUNCTION with target/rig/NAME unless that was built before
+# by the same FUNCTION text from the same INPUTs (files of the checkout). One builder at a time.
+build() {
+    local name=$1 make=$2 want lock start=$SECONDS; shift 2
+    local made=$RIG/$name stamp=$RIG/.stamps/${name//\//-}
+    mkdir -p "$RIG/.stamps" "$(dirname "$made")"
+    want=$({ declare -f "$make"; cat /dev/null "$@"; } | sha256sum)
+    [[ -e $made && -e $stamp && $(<"$stamp") == "$want" ]] && return
+    exec {lock}>"$RIG/.stamps/lock"
+    flock "$lock"
+    if ! [[ -e $made && -e $stamp && $(<"$stamp") == "$want" ]]; then
+        say "building target/rig/$name"
+        rm -rf "$stamp" "$made"
+        "$make" "$made"
+        printf '%s\n' "$want" >"$stamp"
+        say "built target/rig/$name in $((SECONDS - start)) s"
+    fi
+    exec {lock}>&-
+}
+
+# The Debian mirror this machine already uses, else the public one.
+debian_mirror() {
+    local mirror
+    mirror=$(apt-get indextargets --format '$(REPO_URI) $(ORIGIN) $(COMPONENT)' 'Created-By: Packages' \
+        | awk '$2 == "Debian" && $1 !~ /security/ { print $1; exit }')
+    printf '%s\n' "${mirror:-http://deb.debian.org/debian/}"
+}
+
+# fetch_debs SUITE DIR PACKAGE...: downloads and unpacks packages of a Debian release into DIR,
+# whatever release this machine runs. A package that only depends on others brings those.
+fetch_debs() {
+    local suite=$1 dir=$2 apt=$RIG/.apt package names=(); shift 2
+    mkdir -p "$apt"/{state/lists/partial,cache/archives/partial,etc,debs} "$dir"
+    printf 'deb [arch=amd64 signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] %s %s main\n' \
+        "$(debian_mirror)" "$suite" >"$apt/etc/sources.list"
+    local options=(
+        -o "Dir::Etc::SourceList=$apt/etc/sources.list" -o Dir::Etc::SourceParts=/dev/null
+        -o Dir::Etc::Preferences=/dev/null -o Dir::Etc::PreferencesParts=/dev/null
+        -o "Dir::State=$apt/state" -o "Dir::Cache=$apt/cache" -o APT::Architecture=amd64
+        -o Dir::State::Status=/dev/null -o APT::Sandbox::User=root -qq
+    )
+    apt-get "${options[@]}" update
+    for package; do
+        case $package in
+            linux-image-*) # a meta package: its dependency is the kernel
+                package=$(apt-cache "${options[@]}" depends "$package" | sed -n 's/^ *Depends: //p') ;;
+        esac
+        names+=("$package")
+    done
+    rm -f "$apt/debs"/*
+    (cd "$apt/debs" && apt-get "${options[@]}" download "${names[@]}")
+    for package in "$apt/debs"/*.deb; do dpkg -x "$package" "$dir"; done
+    rm -rf "${apt:?}"
+}
+
+# fetch_kernel SUITE DIR PACKAGE: a kernel package, unpacked and its modules indexed.
+fetch_kernel() {
+    fetch_debs "$@"
+    [[ -e $2/lib ]] || ln -s usr/lib "$2/lib"
+    depmod -b "$2" "$(kernel_release "$2")"
+}
+
+# The release of the only kernel unpacked in DIR.
+kernel_release() { basename "$1"/lib/modules/*; }
+
+# copy_modules TREE DIR MODULE...: puts MODULEs and what they depend on into DIR/modules,
+# uncompressed, and their names in loading order into DIR/modules/order. A module that the
+# kernel has built in is left out.
+copy_modules() {
+    local tree=$1 dir=$2/modules release line file; shift 2
+    release=$(kernel_release "$tree")
+    mkdir -p "$dir"
+    modprobe -d "$tree" -S "$release" --show-depends -a "$@" \
+        | sed -n 's/^insmod \([^ ]*\).*/\1/p' | awk '!seen[$0]++' \
+        | while read -r line; do
+            file=$(basename "$line")
+            case $line in
+                *.xz) xz -dc "$line" >"$dir/${file%.xz}" ;;
+                *.zst) zstd -qdc "$line" >"$dir/${file%.zst}" ;;
+                *) cp "$line" "$dir/$file" ;;
+            esac
+            file=${file%.xz}
+            printf '%s\n' "${file%.zst}"
+        done >"$dir/order"
+}
+
+# copy_programs DIR PROGRAM...: copies programs of this machine with the libraries they need, at
+# the paths they have here.
+copy_programs() {
+    local dir=$1 program file; shift
+    for program; do
+        program=$(PATH=$PATH:/usr/sbin:/sbin command -v "$program") || die "no $program; hint: ./dev setup"
+        mkdir -p "$dir/bin"
+        cp "$program" "$dir/bin/"
+        for file in $(ldd "$program" | grep -o '/[^ ]*'); do
+            mkdir -p "$dir$(dirname "$file")"
+            cp -nL "$file" "$dir$file"
+        done
+    done
+}
+
+# pack_initramfs DIR FILE
+pack_initramfs() { (cd "$1" && find . -print0 | cpio --null -o -H newc --quiet -R 0:0) | gzip -6 >"$2"; }
+
