@@ -1,6 +1,39 @@
 //! From a vendor's image to a sealed generation, and the store they live in.
+//!
+//! ```text
+//!  BuildInputs ── key ──> Store::find ──────────────────────────────> Generation
+//!       │                     │ not there                                 ^
+//!       │              Store::try_build_lock                              │ rename
+//!       └──> Store::plan: raw disk, kernel, initrd, seed volume ─> BuildPlan ─> Store::seal
+//!                                                      the pool runs the prebuild VM between
+//! ```
+//!
+//! This folder never starts a VM. Every function blocks: the pool calls them from threads that
+//! may. A crash at any point leaves the old state or the new one; what was half built carries no
+//! lock any more and is removed by [`Store::collect_garbage`].
+
+mod build;
+mod commands;
+mod convert;
+mod dir;
+mod error;
+mod extract;
+mod generation;
+mod inputs;
+mod outcome;
+mod partitions;
+mod seed;
+mod store;
+mod template;
 
 use std::path::PathBuf;
+
+pub use build::{BuildPlan, BuildProgress, Unpack};
+pub use error::ImageError;
+pub use generation::Generation;
+pub use inputs::{BuildInputs, GenerationKey};
+pub use store::{BuildLock, Store};
+pub use template::SeedNet;
 
 /// What a failing command of the operator does to a prebuild.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

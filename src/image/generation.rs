@@ -1,0 +1,178 @@
+//! A sealed generation: its folder, its manifest, and the lock that says it is in use.
+
+use std::fs::File;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use rustix::fs::FlockOperation;
+use serde::{Deserialize, Serialize};
+
+use super::dir::Dir;
+use super::{GenerationKey, ImageError};
+
+pub const DISK: &str = "disk.raw";
+pub const VMLINUZ: &str = "vmlinuz";
+pub const VMLINUX: &str = "vmlinux";
+pub const INITRD: &str = "initrd";
+pub const MANIFEST: &str = "manifest.json";
+/// There once a worker came up from it.
+const TESTED: &str = "tested";
+/// The version that this program reads and writes.
+const VERSION: u32 = 1;
+const MAX_MANIFEST: u64 = 64 << 10;
+
+/// What `manifest.json` says. Written last, so a folder without it is no generation.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Manifest {
+    version: u32,
+    key: String,
+    /// The kernel's `root=`.
+    root: String,
+    /// The kernel's release, such as 6.1.0-40-cloud-amd64.
+    kernel_release: String,
+    files: Vec<ManifestFile>,
+    /// What went wrong in the prebuild without failing it.
+    warnings: Vec<String>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct ManifestFile {
+    name: String,
+    bytes: u64,
+}
+
+impl Manifest {
+    /// Describes the files that lie in `dir` now.
+    pub fn describe(
+        dir: &Dir,
+        key: &GenerationKey,
+        root: &str,
+        kernel_release: &str,
+        warnings: Vec<String>,
+    ) -> Result<Self, ImageError> {
+        let mut files = Vec::new();
+        for name in [DISK, VMLINUZ, VMLINUX, INITRD] {
+            if let Some(bytes) = file_len(dir, name)? {
+                let name = name.to_owned();
+                files.push(ManifestFile { name, bytes });
+            }
+        }
+        Ok(Self {
+            version: VERSION,
+            key: key.as_str().to_owned(),
+            root: root.to_owned(),
+            kernel_release: kernel_release.to_owned(),
+            files,
+            warnings,
+        })
+    }
+
+    pub fn write(&self, dir: &Dir) -> Result<(), ImageError> {
+        let text = serde_json::to_vec_pretty(self)
+            .map_err(|e| ImageError::file("encode", &dir.at(MANIFEST))(e.into()))?;
+        dir.write_atomic(MANIFEST, &text)
+    }
+
+    fn read(dir: &Dir) -> Result<Option<Self>, ImageError> {
+        let bytes = dir.read_small(MANIFEST, MAX_MANIFEST)?;
+        Ok(bytes.and_then(|bytes| serde_json::from_slice(&bytes).ok()))
+    }
+
+    fn has(&self, name: &str) -> bool {
+        self.files.iter().any(|file| file.name == name)
+    }
+
+    /// Whether the files are there, with the sizes they were sealed with.
+    fn is_intact(&self, dir: &Dir, key: &GenerationKey) -> Result<bool, ImageError> {
+        if self.version != VERSION || self.key != key.as_str() {
+            return Ok(false);
+        }
+        for file in &self.files {
+            let plain = [DISK, VMLINUZ, VMLINUX, INITRD].contains(&file.name.as_str());
+            if !plain || file_len(dir, &file.name)? != Some(file.bytes) {
+                return Ok(false);
+            }
+        }
+        Ok(self.has(DISK) && (self.has(VMLINUX) || self.has(VMLINUZ)))
+    }
+}
+
+/// The length of a regular file; `None` if it is not there or something else.
+fn file_len(dir: &Dir, name: &str) -> Result<Option<u64>, ImageError> {
+    let Some(file) = dir.open(name)? else {
+        return Ok(None);
+    };
+    let meta = file
+        .metadata()
+        .map_err(ImageError::file("stat", &dir.at(name)))?;
+    Ok(meta.is_file().then(|| meta.len()))
+}
+
+/// A generation that workers can boot from. While a clone of this value lives, its files stay.
+#[derive(Debug, Clone)]
+pub struct Generation {
+    pub key: GenerationKey,
+    pub dir: PathBuf,
+    /// The base of every worker's disk; never written.
+    pub disk: PathBuf,
+    /// The unpacked kernel, or the bzImage where it could not be unpacked.
+    pub kernel: PathBuf,
+    pub initrd: Option<PathBuf>,
+    /// The kernel's `root=`, such as `PARTUUID=...`.
+    pub root: String,
+    pub kernel_release: String,
+    /// Whether a worker has come up from it.
+    pub tested: bool,
+    /// What went wrong in the prebuild without failing it, for one log line each.
+    pub warnings: Vec<String>,
+    /// Holds a shared lock on the folder.
+    held: Arc<Dir>,
+}
+
+impl Generation {
+    /// Opens the generation in `dir` if it is whole; the lock must be held already.
+    pub(super) fn open(key: &GenerationKey, dir: Dir) -> Result<Option<Self>, ImageError> {
+        let Some(manifest) = Manifest::read(&dir)? else {
+            return Ok(None);
+        };
+        if !manifest.is_intact(&dir, key)? {
+            return Ok(None);
+        }
+        let kernel = if manifest.has(VMLINUX) {
+            VMLINUX
+        } else {
+            VMLINUZ
+        };
+        Ok(Some(Self {
+            key: key.clone(),
+            dir: dir.path().to_owned(),
+            disk: dir.at(DISK),
+            kernel: dir.at(kernel),
+            initrd: manifest.has(INITRD).then(|| dir.at(INITRD)),
+            tested: dir.open(TESTED)?.is_some(),
+            root: manifest.root,
+            kernel_release: manifest.kernel_release,
+            warnings: manifest.warnings,
+            held: Arc::new(dir),
+        }))
+    }
+
+    /// The disk, opened for reading through the held folder, whatever its path leads to by now.
+    pub fn open_disk(&self) -> Result<File, ImageError> {
+        self.held.open(DISK)?.ok_or_else(|| {
+            ImageError::file("open", &self.disk)(std::io::ErrorKind::NotFound.into())
+        })
+    }
+
+    pub(super) fn mark_tested(&self) -> Result<(), ImageError> {
+        let file = self.held.open_or_create(TESTED)?;
+        file.sync_all()
+            .map_err(ImageError::file("sync", &self.held.at(TESTED)))?;
+        self.held.sync()
+    }
+}
+
+/// Takes the lock that says a folder is in use; `false` while somebody removes it.
+pub fn hold(dir: &Dir) -> Result<bool, ImageError> {
+    dir.try_lock(FlockOperation::NonBlockingLockShared)
+}
