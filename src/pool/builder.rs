@@ -22,10 +22,11 @@ use super::spec::{FixedCredential, PoolSpec};
 use super::vm::{Vm, VmStartError};
 use crate::agent;
 use crate::image::{
-    BuildInputs, BuildLock, BuildPlan, BuildProgress, Generation, ImageError, SeedNet,
+    BuildInputs, BuildLock, BuildPlan, BuildProgress, Generation, GenerationKey, ImageError,
+    SeedNet,
 };
 use crate::net::{NetError, Slot, SlotRole};
-use crate::vmm::{DiskSource, DiskSpec, KernelSource, NetSpec, VmEnd, VmSpec};
+use crate::vmm::{self, DiskSource, DiskSpec, KernelSource, NetSpec, VmEnd, VmSpec};
 
 /// The prebuild's name, and that of its console file.
 const PREBUILD: &str = "fleetingd0";
@@ -102,7 +103,7 @@ pub async fn obtain(
             }
         }
     };
-    let base = File::open(&generation.disk).map_err(BuildError::OpenDisk)?;
+    let base = generation.open_disk()?;
     let mut current = Current {
         generation,
         base: Arc::new(base),
@@ -113,16 +114,56 @@ pub async fn obtain(
         current.generation.tested = true;
     }
     tracing::info!(generation = %current.generation.key, "image is ready");
+    for warning in &current.generation.warnings {
+        tracing::warn!("prebuild: {warning}");
+    }
     let (host, key) = (Arc::clone(host), current.generation.key.clone());
-    tokio::task::spawn_blocking(move || {
-        let Some(machines) = host.machines() else {
-            return;
-        };
-        if let Err(e) = machines.store.collect_garbage(&key) {
-            tracing::warn!("tidy the image store: {}", chain(&e));
-        }
-    });
+    tokio::task::spawn_blocking(move || tidy(&host, &key));
     Ok(Some(current))
+}
+
+/// Removes generations that nobody uses, unless somebody builds just now: then the next one does.
+fn tidy(host: &Host, key: &GenerationKey) {
+    let Some(machines) = host.machines() else {
+        return;
+    };
+    let removed = match machines.store.try_build_lock() {
+        Ok(Some(lock)) => machines.store.collect_garbage(&lock, key),
+        Ok(None) => return,
+        Err(e) => Err(e),
+    };
+    match removed {
+        Ok(names) if names.is_empty() => {}
+        Ok(names) => tracing::info!("removed what no machine uses: {}", names.join(", ")),
+        Err(e) => tracing::warn!("tidy the image store: {}", chain(&e)),
+    }
+}
+
+/// Puts a plan's progress into the log: each stage once, and a long one every few seconds.
+#[derive(Default)]
+struct ProgressTeller {
+    last: std::cell::Cell<Option<Instant>>,
+}
+
+impl ProgressTeller {
+    fn tell(&self, progress: BuildProgress) {
+        const EVERY: Duration = Duration::from_secs(5);
+        match progress {
+            BuildProgress::Converting {
+                done_bytes,
+                total_bytes,
+            } => {
+                let due = self.last.get().is_none_or(|at| at.elapsed() >= EVERY);
+                if due || done_bytes == total_bytes {
+                    self.last.set(Some(Instant::now()));
+                    let (done, total) = (done_bytes >> 20, total_bytes >> 20);
+                    tracing::info!("image: {done} of {total} MiB converted");
+                }
+            }
+            BuildProgress::Extracting => tracing::info!("image: reading kernel and initrd"),
+            BuildProgress::Seeding => tracing::info!("image: writing the seed volume"),
+        }
+    }
 }
 
 fn inputs(spec: &PoolSpec, machines: &Machines) -> Result<BuildInputs, BuildError> {
@@ -138,7 +179,7 @@ fn inputs(spec: &PoolSpec, machines: &Machines) -> Result<BuildInputs, BuildErro
         extra_commands: spec.extra_commands.clone(),
         on_command_error: spec.on_command_error,
         runner: spec.runner.clone(),
-        agent: machines.agent.try_clone().map_err(BuildError::OpenDisk)?,
+        agent: Arc::clone(&machines.agent),
         agent_protocol: agent::PROTOCOL,
     })
 }
@@ -232,11 +273,9 @@ async fn build_in(
         let (host, inputs) = (Arc::clone(host), Arc::clone(inputs));
         blocking(move || {
             let machines = host.machines().ok_or(BuildError::Closing)?;
-            let plan = machines
-                .store
-                .plan(&lock, &inputs, &net, &|progress: BuildProgress| {
-                    tracing::info!("image: {progress}");
-                })?;
+            let teller = ProgressTeller::default();
+            let tell = |progress| teller.tell(progress);
+            let plan = machines.store.plan(&lock, &inputs, &net, &tell)?;
             Ok((lock, plan))
         })
         .await?
@@ -245,7 +284,9 @@ async fn build_in(
     let host = Arc::clone(host);
     blocking(move || {
         let machines = host.machines().ok_or(BuildError::Closing)?;
-        Ok(machines.store.seal(&lock, plan)?)
+        let unpack =
+            |bzimage: &[u8]| vmm::boot::decompress_kernel(bzimage).map_err(std::io::Error::other);
+        Ok(machines.store.seal(&lock, plan, &unpack)?)
     })
     .await
 }

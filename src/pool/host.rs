@@ -8,6 +8,7 @@ use std::error::Error;
 use std::fs::File;
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
@@ -45,7 +46,7 @@ pub struct Machines {
     pub uplink: Uplink,
     pub store: Store,
     /// This executable, as it was when the process started: an upgrade replaces the file.
-    pub agent: File,
+    pub agent: Arc<File>,
     /// The login's key pair if the operator fixed it.
     pub fixed_key: Option<KeyPair>,
     /// Memory promised to machines that run, in MiB.
@@ -81,7 +82,7 @@ impl Host {
                 uplink: ready.net.uplink().clone(),
                 net: Mutex::new(Some(ready.net)),
                 store: ready.store,
-                agent: ready.agent,
+                agent: Arc::new(ready.agent),
                 fixed_key,
                 promised_mib: AtomicU64::new(0),
                 _group: ready.group_lock,

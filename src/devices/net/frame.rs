@@ -90,4 +90,3 @@ pub fn receive_bytes(large_receive: bool, mtu: u16) -> u64 {
     };
     HEADER_BYTES as u64 + frame
 }
-
