@@ -21,7 +21,9 @@ use super::spec::{BootPhase, DiskSource, DiskSpec, NetSpec, VmEnd, VmSpec};
 use super::timeline::Timeline;
 use super::vcpu::Ending;
 use crate::devices::balloon::Balloon;
+use crate::devices::block::{Block, BlockSpec, Disk, Overlay};
 use crate::devices::console::{Console, ConsoleConfig, ConsoleSink};
+use crate::devices::entropy::Entropy;
 use crate::devices::net::{Net, NetConfig};
 use crate::devices::transport::Transport;
 use crate::devices::uart::Uart;
@@ -120,7 +122,13 @@ pub(super) fn assemble(spec: &mut VmSpec, wiring: &Wiring<'_>) -> Result<Assembl
     let balloon = Balloon::new();
     let stats = balloon.stats();
     builder.insert(BALLOON_SLOT, Box::new(balloon))?;
-    let deltas = Vec::new();
+    builder.insert(ENTROPY_SLOT, Box::new(Entropy::new()))?;
+    let mut deltas = Vec::new();
+    for (slot, disk) in (FIRST_DISK_SLOT..).zip(std::mem::take(&mut spec.disks)) {
+        let name = format!("{}/disk{}", wiring.name, slot - FIRST_DISK_SLOT);
+        let block = block_device(disk, name, &mut deltas)?;
+        builder.insert(slot, block)?;
+    }
     let uart = Uart::new(wiring.sink.clone(), irqs.pin(layout::COM1_IRQ)?);
     let platform = Platform {
         pci: builder.bus,
@@ -199,4 +207,32 @@ fn agent_channel(wanted: bool) -> Result<(Option<UnixStream>, Option<UnixStream>
     }
     let (host, device) = UnixStream::pair().map_err(StartError::vm("make the agent channel"))?;
     Ok((Some(host), Some(device)))
+}
+
+fn block_device(
+    spec: DiskSpec,
+    name: String,
+    deltas: &mut Vec<File>,
+) -> Result<Box<dyn VirtioDevice>, StartError> {
+    let disk = match spec.source {
+        DiskSource::Direct(file) => Disk::Direct(file),
+        DiskSource::ReadOnly(file) => Disk::ReadOnly(file),
+        DiskSource::Overlay { base, delta_dir } => {
+            let delta_error = |source| StartError::Delta {
+                dir: delta_dir.clone(),
+                source,
+            };
+            let delta = delta::create(&delta_dir).map_err(delta_error)?;
+            deltas.push(delta.try_clone().map_err(delta_error)?);
+            Disk::Overlay(Overlay::new(base, None, delta).map_err(delta_error)?)
+        }
+    };
+    let what = format!("the disk {name}");
+    let block = Block::new(BlockSpec {
+        disk,
+        serial: spec.serial,
+        durable: spec.durable,
+        name,
+    });
+    Ok(Box::new(block.map_err(device_error(what))?))
 }

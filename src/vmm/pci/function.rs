@@ -5,7 +5,6 @@
 //! the VM's supervisor: a register access must be answered within the exit, so a channel will not
 //! do. Queue kicks do not come here: KVM turns writes of the notify region into events.
 
-use std::os::fd::RawFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
@@ -166,13 +165,6 @@ impl VirtioFunction {
 
     pub fn kind(&self) -> DeviceKind {
         self.kind
-    }
-
-    /// The events of the queues' notifications.
-    pub fn kick_fds(&self) -> impl Iterator<Item = RawFd> {
-        self.kicks
-            .iter()
-            .map(|kick| std::os::fd::AsRawFd::as_raw_fd(kick.as_ref()))
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {

@@ -43,67 +43,64 @@ impl Entry {
     }
 }
 
-/// What a snapshot keeps.
+/// The registers, as a snapshot stores them.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct MsixState {
+struct MsixState {
     control: u16,
     entries: Vec<Entry>,
-    /// Vectors that were signalled while masked.
-    pending: Vec<bool>,
 }
 
-/// The vectors of one function.
+/// The vectors of one function: registers, and a line for each entry.
 #[derive(Debug)]
 pub struct Msix {
-    control: u16,
-    vectors: Vec<(Entry, Line)>,
+    state: MsixState,
+    lines: Vec<Line>,
 }
 
 impl Msix {
     /// All masked and disabled. At most 2048 lines.
     pub fn new(lines: Vec<Line>) -> Self {
-        let vectors = lines.into_iter().map(|line| (Entry::RESET, line)).collect();
-        Self {
+        let entries = vec![Entry::RESET; lines.len()];
+        let state = MsixState {
             control: 0,
-            vectors,
-        }
+            entries,
+        };
+        Self { state, lines }
     }
 
     /// Number of vectors.
     pub fn len(&self) -> u16 {
-        u16::try_from(self.vectors.len()).unwrap_or(u16::MAX)
+        u16::try_from(self.lines.len()).unwrap_or(u16::MAX)
     }
 
     /// The line of a vector; one that does not exist goes nowhere.
     pub fn interrupt(&self, vector: u16) -> Interrupt {
-        let vector = self.vectors.get(usize::from(vector));
-        vector.map_or_else(Interrupt::none, |(_entry, line)| line.interrupt())
+        let line = self.lines.get(usize::from(vector));
+        line.map_or_else(Interrupt::none, Line::interrupt)
     }
 
     /// The guest wrote message control.
     pub fn set_control(&mut self, control: u16) {
-        self.control = control & (CONTROL_ENABLE | CONTROL_MASK);
-        for index in 0..self.vectors.len() {
+        self.state.control = control & (CONTROL_ENABLE | CONTROL_MASK);
+        for index in 0..self.lines.len() {
             self.refresh(index);
         }
     }
 
     /// A read of the table. Only whole dwords and pairs of them exist.
     pub fn read_table(&self, offset: u64, data: &mut [u8]) {
-        let dwords = data.len() / 4;
         if !is_aligned(offset, data.len()) {
             data.fill(0xff);
             return;
         }
-        let offsets = (0..dwords).zip((offset..).step_by(4));
-        for ((_dword, at), bytes) in offsets.zip(data.chunks_mut(4)) {
+        for (at, bytes) in (offset..).step_by(4).zip(data.chunks_mut(4)) {
             let value = self.dword(at).unwrap_or(u32::MAX);
             bytes.copy_from_slice(&value.to_le_bytes());
         }
     }
 
     fn dword(&self, offset: u64) -> Option<u32> {
-        let (entry, _line) = self.vectors.get(index(offset)?)?;
+        let entry = self.state.entries.get(index(offset)?)?;
         Some(match offset % ENTRY_BYTES {
             0 => entry.address_low,
             4 => entry.address_high,
@@ -122,7 +119,7 @@ impl Msix {
                 return;
             };
             let value = u32::from_le_bytes(bytes);
-            let Some((entry, _line)) = self.vectors.get_mut(index) else {
+            let Some(entry) = self.state.entries.get_mut(index) else {
                 return;
             };
             match at % ENTRY_BYTES {
@@ -140,30 +137,18 @@ impl Msix {
         for (at, byte) in (offset..).zip(data) {
             *byte = 0;
             let first = usize::try_from(at.saturating_mul(8)).unwrap_or(usize::MAX);
-            for (bit, (_entry, line)) in self.vectors.iter().skip(first).take(8).enumerate() {
+            for (bit, line) in self.lines.iter().skip(first).take(8).enumerate() {
                 *byte |= u8::from(line.is_pending()) << bit;
             }
         }
     }
 
     fn refresh(&mut self, index: usize) {
-        let live = self.control & (CONTROL_ENABLE | CONTROL_MASK) == CONTROL_ENABLE;
-        if let Some((entry, line)) = self.vectors.get_mut(index) {
+        let live = self.state.control & (CONTROL_ENABLE | CONTROL_MASK) == CONTROL_ENABLE;
+        let entry = self.state.entries.get(index);
+        if let (Some(entry), Some(line)) = (entry, self.lines.get_mut(index)) {
             let live = live && entry.control & VECTOR_MASKED == 0;
             line.set(live.then(|| entry.message()));
-        }
-    }
-
-    /// The registers, and what is pending. Legal once the devices are at rest.
-    pub fn save(&self) -> MsixState {
-        MsixState {
-            control: self.control,
-            entries: self.vectors.iter().map(|(entry, _line)| *entry).collect(),
-            pending: self
-                .vectors
-                .iter()
-                .map(|(_entry, line)| line.is_pending())
-                .collect(),
         }
     }
 }
