@@ -1,0 +1,235 @@
+//! Which file holds each granule of an overlay: two levels, the lower one made when a granule of
+//! its 64 MiB is first touched, so that a new map costs eight bytes per 64 MiB of disk.
+//!
+//! The map is what a snapshot stores of a disk. It comes back through [`OverlayMap::try_from`],
+//! which checks every length and index, so a map in hand is always a correct one.
+
+use std::ops::Range;
+
+use serde::{Deserialize, Serialize};
+
+/// Bytes whose whereabouts are known together: a page, and the usual file system block.
+pub const GRANULE: u64 = 4096;
+/// Granules of a chunk: 64 MiB.
+const CHUNK_GRANULES: u64 = 16_384;
+/// Two bits a granule.
+const CHUNK_BYTES: usize = 4096;
+/// Bounds what a stored map can make us allocate: a disk of 16 TiB.
+const MAX_GRANULES: u64 = 1 << 32;
+
+/// Where a granule's bytes are. The numbers are the stored form.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// In the shared base, or nowhere yet where the base is shorter than the disk.
+    Base = 0,
+    /// In the frozen delta of the snapshot that this disk was cloned from.
+    Golden = 1,
+    /// In the disk's own delta.
+    Delta = 2,
+    /// Nowhere: it reads as zero.
+    Zero = 3,
+}
+
+impl Place {
+    fn from_bits(bits: u8) -> Self {
+        match bits & 3 {
+            0 => Self::Base,
+            1 => Self::Golden,
+            2 => Self::Delta,
+            _ => Self::Zero,
+        }
+    }
+
+    /// Four granules of this place.
+    fn pattern(self) -> u8 {
+        // 0b01 repeated, times a two-bit number: no carry.
+        0x55 * (self as u8)
+    }
+}
+
+type Chunk = [u8; CHUNK_BYTES];
+
+/// The places of all granules of one disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "StoredMap", into = "StoredMap")]
+pub struct OverlayMap {
+    granules: u64,
+    chunks: Vec<Option<Box<Chunk>>>,
+}
+
+/// A stored map is not one of ours.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum MapError {
+    #[error("overlay map of {granules} granules is larger than any disk")]
+    TooLarge { granules: u64 },
+    #[error("overlay map chunk {index} is out of order or outside the disk")]
+    ChunkIndex { index: u32 },
+    #[error("overlay map chunk {index} has {len} bytes instead of {CHUNK_BYTES}")]
+    ChunkLength { index: u32, len: usize },
+    #[error("overlay map says something about granules beyond the disk's end")]
+    BeyondEnd,
+    #[error("overlay map of a snapshot refers to another snapshot")]
+    Nested,
+}
+
+impl OverlayMap {
+    /// A map of a disk of `bytes`, all in the base.
+    pub fn new(bytes: u64) -> Self {
+        let granules = bytes.div_ceil(GRANULE);
+        let chunks = granules.div_ceil(CHUNK_GRANULES);
+        Self {
+            granules,
+            chunks: vec![None; usize::try_from(chunks).unwrap_or(0)],
+        }
+    }
+
+    /// How many granules the disk has.
+    pub fn granules(&self) -> u64 {
+        self.granules
+    }
+
+    pub fn place(&self, granule: u64) -> Place {
+        let (chunk, index) = split(granule);
+        let Some(Some(chunk)) = self.chunks.get(chunk) else {
+            return Place::Base;
+        };
+        let bits = chunk.get(index / 4).copied().unwrap_or(0);
+        Place::from_bits(bits >> (2 * (index % 4)))
+    }
+
+    /// The place of `granule` and how many granules from it on are there too, at most `limit`.
+    pub fn run(&self, granule: u64, limit: u64) -> (Place, u64) {
+        let place = self.place(granule);
+        let mut count = 1;
+        while count < limit {
+            let next = granule + count;
+            let (chunk, index) = split(next);
+            match self.chunks.get(chunk) {
+                Some(Some(bytes)) => {
+                    let byte = bytes.get(index / 4).copied().unwrap_or(0);
+                    if index.is_multiple_of(4) && byte == place.pattern() {
+                        count += 4;
+                    } else if Place::from_bits(byte >> (2 * (index % 4))) == place {
+                        count += 1;
+                    } else {
+                        break;
+                    }
+                }
+                _ if place == Place::Base => count += CHUNK_GRANULES - next % CHUNK_GRANULES,
+                _ => break,
+            }
+        }
+        (place, count.min(limit))
+    }
+
+    /// Notes that all granules of `range` are at `place`.
+    pub fn set(&mut self, range: Range<u64>, place: Place) {
+        let end = range.end.min(self.granules);
+        let mut granule = range.start;
+        while granule < end {
+            let (chunk, index) = split(granule);
+            let Some(slot) = self.chunks.get_mut(chunk) else {
+                return;
+            };
+            let bytes = slot.get_or_insert_with(|| Box::new([0; CHUNK_BYTES]));
+            let Some(byte) = bytes.get_mut(index / 4) else {
+                return;
+            };
+            if index.is_multiple_of(4) && end - granule >= 4 {
+                *byte = place.pattern();
+                granule += 4;
+            } else {
+                let shift = 2 * (index % 4);
+                *byte = (*byte & !(3 << shift)) | ((place as u8) << shift);
+                granule += 1;
+            }
+        }
+    }
+
+    /// The map of a clone: what the snapshot's delta held is golden to it.
+    pub fn frozen(&self) -> Result<Self, MapError> {
+        let mut map = self.clone();
+        for byte in map.chunks.iter_mut().flatten().flat_map(|c| c.iter_mut()) {
+            let low = *byte & 0x55;
+            let high = (*byte >> 1) & 0x55;
+            if low & !high != 0 {
+                return Err(MapError::Nested);
+            }
+            let (delta, zero) = (high & !low, high & low);
+            *byte = delta | zero | (zero << 1);
+        }
+        Ok(map)
+    }
+}
+
+/// Chunk and index in it. A granule's number is bounded by [`MAX_GRANULES`] or misses the table.
+fn split(granule: u64) -> (usize, usize) {
+    let chunk = usize::try_from(granule / CHUNK_GRANULES).unwrap_or(usize::MAX);
+    let index = usize::try_from(granule % CHUNK_GRANULES).unwrap_or(0);
+    (chunk, index)
+}
+
+/// The form on disk: touched chunks only, in order.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct StoredMap {
+    granules: u64,
+    chunks: Vec<StoredChunk>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct StoredChunk {
+    index: u32,
+    places: Vec<u8>,
+}
+
+impl From<OverlayMap> for StoredMap {
+    fn from(map: OverlayMap) -> Self {
+        let chunks = (0_u32..)
+            .zip(map.chunks)
+            .filter_map(|(index, chunk)| {
+                let places = chunk?.to_vec();
+                Some(StoredChunk { index, places })
+            })
+            .collect();
+        Self {
+            granules: map.granules,
+            chunks,
+        }
+    }
+}
+
+impl TryFrom<StoredMap> for OverlayMap {
+    type Error = MapError;
+
+    fn try_from(stored: StoredMap) -> Result<Self, MapError> {
+        let granules = stored.granules;
+        if granules > MAX_GRANULES {
+            return Err(MapError::TooLarge { granules });
+        }
+        let mut map = Self::new(granules * GRANULE);
+        let mut expected = 0;
+        for StoredChunk { index, places } in stored.chunks {
+            let slot = usize::try_from(index)
+                .ok()
+                .filter(|_| index >= expected)
+                .and_then(|at| map.chunks.get_mut(at))
+                .ok_or(MapError::ChunkIndex { index })?;
+            let len = places.len();
+            let chunk: Box<Chunk> = places
+                .try_into()
+                .map_err(|_wrong_length| MapError::ChunkLength { index, len })?;
+            *slot = Some(chunk);
+            expected = index.saturating_add(1);
+        }
+        let (last, used) = split(granules);
+        if let Some(Some(chunk)) = map.chunks.get(last)
+            && (used..CHUNK_BYTES * 4).any(|i| {
+                let byte = chunk.get(i / 4).copied().unwrap_or(0);
+                Place::from_bits(byte >> (2 * (i % 4))) != Place::Base
+            })
+        {
+            return Err(MapError::BeyondEnd);
+        }
+        Ok(map)
+    }
+}
