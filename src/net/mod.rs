@@ -27,6 +27,7 @@ pub use error::NetError;
 pub use locks::Lock;
 pub use slot::{Slot, SlotRole};
 pub use spec::{AllowHost, AllowPrivate, NetSpec, Protocol, Subnet};
+pub use tap::open as open_tap;
 
 use link::Links;
 use locks::RunDir;

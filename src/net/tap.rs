@@ -33,7 +33,11 @@ pub fn is_ours(interface: &str) -> bool {
 
 /// Creates the TAP: not persistent, with a vnet header, non-blocking.
 pub fn create(number: u32) -> Result<File, NetError> {
-    let name = name(number);
+    open(&name(number))
+}
+
+/// Opens a TAP of that name, made by somebody else or now, in the form that a VM needs.
+pub fn open(name: &str) -> Result<File, NetError> {
     let file = OpenOptions::new()
         .read(true)
         .write(true)
@@ -41,7 +45,7 @@ pub fn create(number: u32) -> Result<File, NetError> {
         .open("/dev/net/tun")
         .map_err(|source| NetError::OpenTun { source })?;
     let fail = |source| NetError::CreateTap {
-        name: name.clone(),
+        name: name.to_owned(),
         source,
     };
     // SAFETY: an all-zero ifreq is a valid value of this plain C struct.

@@ -1,0 +1,358 @@
+//! `fleetingd boot`: one machine on this terminal, for debugging a kernel, an image or the host.
+//!
+//! The main thread waits for the machine's end; one thread copies the terminal's bytes to the
+//! guest, one waits for signals. Nothing here decides anything about machines.
+#![expect(clippy::print_stderr, reason = "a command says what happened")]
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::net::Ipv4Addr;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::str::FromStr;
+use std::sync::Arc;
+
+use anyhow::{Context, bail};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcgetwinsize, tcsetattr};
+
+use crate::net;
+use crate::vmm::{self, BootPhase, DiskSource, DiskSpec, KernelSource, NetSpec, VmHandle, VmSpec};
+
+/// Exit code of a set-up that failed; a machine's ends have their own.
+const SETUP_FAILED: u8 = 3;
+/// Ctrl-].
+const ESCAPE: u8 = 0x1d;
+/// A file of this magic is no raw image.
+const QCOW2: &[u8; 4] = b"QFI\xfb";
+/// What a terminal without a size counts as.
+const RESIZE_LOOK: Timespec = Timespec {
+    tv_sec: 1,
+    tv_nsec: 0,
+};
+
+/// Boot a Linux kernel in a machine on this terminal
+///
+/// Exit codes: 0 power-off, 2 usage, 3 set-up, 10 reboot, 11 triple fault, 12 kernel panic,
+/// 13 killed, 14 KVM internal error, 15 host fault.
+#[derive(Debug, clap::Args)]
+pub struct BootArgs {
+    /// An ELF vmlinux or a bzImage (vmlinuz)
+    #[arg(long, value_name = "FILE")]
+    kernel: PathBuf,
+    /// An initramfs
+    #[arg(long, value_name = "FILE")]
+    initrd: Option<PathBuf>,
+    /// The kernel's command line
+    #[arg(long, default_value = "console=ttyS0 reboot=a panic=-1")]
+    cmdline: String,
+    /// A raw disk image, in the order vda, vdb, ...: written in place, read-only with `,ro`, or
+    /// with changes that are gone at the end with `,cow`
+    #[arg(long = "disk", value_name = "PATH[,ro|,cow]")]
+    disks: Vec<DiskArg>,
+    /// vCPUs, 1 to 64
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=64))]
+    cpus: u8,
+    /// Memory, at least 64
+    #[arg(long, value_name = "MIB", default_value_t = 512, value_parser = clap::value_parser!(u32).range(64..))]
+    memory: u32,
+    /// The network card: an existing TAP, or none
+    #[arg(long, value_name = "tap=NAME|none", default_value = "none")]
+    net: NetArg,
+    /// Where the console goes: this terminal, or a file
+    #[arg(long, value_name = "stdio|FILE", default_value = "stdio")]
+    console: PathBuf,
+    /// Print when each phase of the boot was reached
+    #[arg(long)]
+    timing: bool,
+}
+
+/// A disk and how it may be changed.
+#[derive(Debug, Clone)]
+struct DiskArg {
+    path: PathBuf,
+    access: Access,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Access {
+    InPlace,
+    ReadOnly,
+    CopyOnWrite,
+}
+
+impl FromStr for DiskArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (path, access) = match text.rsplit_once(',') {
+            Some((path, "ro")) => (path, Access::ReadOnly),
+            Some((path, "cow")) => (path, Access::CopyOnWrite),
+            _ => (text, Access::InPlace),
+        };
+        if path.is_empty() {
+            return Err("a disk needs a path".to_owned());
+        }
+        Ok(Self {
+            path: path.into(),
+            access,
+        })
+    }
+}
+
+#[derive(Debug, Clone)]
+enum NetArg {
+    None,
+    Tap(String),
+}
+
+impl FromStr for NetArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once('=') {
+            None if text == "none" => Ok(Self::None),
+            Some(("tap", name)) if (1..16).contains(&name.len()) => Ok(Self::Tap(name.to_owned())),
+            _ => Err("either none or tap=NAME".to_owned()),
+        }
+    }
+}
+
+/// Runs the command; returns when the machine has ended.
+pub fn run(args: BootArgs) -> ExitCode {
+    let timing = args.timing;
+    let on_terminal = args.console.as_os_str() == "stdio";
+    let started = machine(args).and_then(|spec| Ok(vmm::start(spec, Box::new(|_end| {}))?));
+    let handle = match started {
+        Ok(handle) => handle,
+        Err(error) => return failed(&error),
+    };
+    let terminal = on_terminal.then(|| attach(&handle));
+    end_on_signals(&handle);
+    let end = handle.wait();
+    // The terminal is itself again before anything is printed.
+    drop(terminal);
+    if timing {
+        for (phase, at) in handle.timing() {
+            eprintln!("{:>10.1} ms  {}", at.as_secs_f64() * 1e3, describe(phase));
+        }
+    }
+    eprintln!("the machine ended: {end}");
+    ExitCode::from(end.exit_code())
+}
+
+/// Says whether machines can run here; for scripts.
+pub fn kvm_check() -> ExitCode {
+    match vmm::check_kvm() {
+        Ok(()) => {
+            eprintln!("KVM runs stock kernels here");
+            ExitCode::SUCCESS
+        }
+        Err(problem) => failed(&problem.into()),
+    }
+}
+
+/// The error and its causes, one a line.
+fn failed(error: &anyhow::Error) -> ExitCode {
+    eprintln!("error: {error}");
+    for cause in error.chain().skip(1) {
+        eprintln!("  caused by: {cause}");
+    }
+    ExitCode::from(SETUP_FAILED)
+}
+
+fn describe(phase: BootPhase) -> &'static str {
+    match phase {
+        BootPhase::Loaded => "kernel and initrd in memory",
+        BootPhase::FirstRun => "first instruction",
+        BootPhase::FirstOutput => "first console output",
+        BootPhase::FirstDriver => "first virtio driver",
+        BootPhase::AgentOpen => "agent opened its channel",
+        BootPhase::Ended => "ended",
+    }
+}
+
+fn machine(args: BootArgs) -> anyhow::Result<VmSpec> {
+    let console = if args.console.as_os_str() == "stdio" {
+        let stdout = io::stdout().as_fd().try_clone_to_owned();
+        File::from(stdout.context("cannot use this terminal")?)
+    } else {
+        let path = &args.console;
+        File::create(path).with_context(|| format!("cannot write {}", path.display()))?
+    };
+    let mut disks = Vec::new();
+    for (index, disk) in args.disks.iter().enumerate() {
+        disks.push(DiskSpec {
+            source: open_disk(disk)?,
+            serial: format!("disk{index}"),
+            durable: true,
+        });
+    }
+    let net = match &args.net {
+        NetArg::None => None,
+        NetArg::Tap(name) => Some(open_net(name)?),
+    };
+    Ok(VmSpec {
+        name: "boot".to_owned(),
+        vcpus: args.cpus,
+        memory_mib: args.memory,
+        kernel: KernelSource::Path(args.kernel),
+        initrd: args.initrd,
+        cmdline: args.cmdline,
+        disks,
+        net,
+        console: Some(console),
+        agent_channel: false,
+    })
+}
+
+fn open_disk(disk: &DiskArg) -> anyhow::Result<DiskSource> {
+    let path = &disk.path;
+    let write = matches!(disk.access, Access::InPlace);
+    let mut file = OpenOptions::new()
+        .read(true)
+        .write(write)
+        .open(path)
+        .with_context(|| format!("cannot open the disk {}", path.display()))?;
+    let mut magic = [0; 4];
+    if file.read_exact(&mut magic).is_ok() && &magic == QCOW2 {
+        bail!(
+            "the disk {} is a qcow2 image; hint: qemu-img convert -O raw",
+            path.display()
+        );
+    }
+    let file = Arc::new(file);
+    Ok(match disk.access {
+        Access::InPlace => DiskSource::Direct(file),
+        Access::ReadOnly => DiskSource::ReadOnly(file),
+        Access::CopyOnWrite => DiskSource::Overlay {
+            base: file,
+            delta_dir: delta_dir()?,
+        },
+    })
+}
+
+/// Where changes of `,cow` disks lie: $TMPDIR, or /var/tmp, which is on a disk.
+fn delta_dir() -> anyhow::Result<PathBuf> {
+    let dir = std::env::var_os("TMPDIR").map_or_else(|| PathBuf::from("/var/tmp"), PathBuf::from);
+    dir.canonicalize()
+        .with_context(|| format!("cannot use {}; hint: set TMPDIR", dir.display()))
+}
+
+fn open_net(name: &str) -> anyhow::Result<NetSpec> {
+    let tap = net::open_tap(name)?;
+    let mtu = Path::new("/sys/class/net").join(name).join("mtu");
+    let mtu = std::fs::read_to_string(&mtu)
+        .with_context(|| format!("cannot read {}", mtu.display()))?
+        .trim()
+        .parse()
+        .context("cannot read the TAP's MTU")?;
+    // Locally administered, and the same for the same TAP.
+    let sum = name.bytes().fold(0x811c_9dc5_u32, |sum, byte| {
+        (sum ^ u32::from(byte)).wrapping_mul(0x0100_0193)
+    });
+    let [a, b, c, d] = Ipv4Addr::from(sum).octets();
+    Ok(NetSpec {
+        tap: tap.into(),
+        mac: [0x52, 0x54, a, b, c, d],
+        mtu,
+        link_up: true,
+        vhost: true,
+    })
+}
+
+/// SIGINT, SIGTERM and SIGHUP end the machine, and with it this command.
+fn end_on_signals(handle: &VmHandle) {
+    use tokio::signal::unix::{SignalKind, signal};
+    let handle = handle.clone();
+    let wait = async move {
+        let (Ok(mut int), Ok(mut term), Ok(mut hup)) = (
+            signal(SignalKind::interrupt()),
+            signal(SignalKind::terminate()),
+            signal(SignalKind::hangup()),
+        ) else {
+            return;
+        };
+        tokio::select! {
+            _ = int.recv() => {}
+            _ = term.recv() => {}
+            _ = hup.recv() => {}
+        }
+        handle.kill();
+    };
+    std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_io()
+            .build();
+        // Without it signals keep their default: they end the process.
+        if let Ok(runtime) = runtime {
+            runtime.block_on(wait);
+        }
+    });
+}
+
+/// The terminal in raw mode; itself again when dropped.
+struct RawTerminal {
+    before: Option<Termios>,
+}
+
+impl Drop for RawTerminal {
+    fn drop(&mut self) {
+        if let Some(before) = &self.before {
+            let _hung_up = tcsetattr(io::stdin(), OptionalActions::Flush, before);
+        }
+    }
+}
+
+/// Copies what is typed to the guest, on a thread that lives as long as the process.
+fn attach(handle: &VmHandle) -> RawTerminal {
+    let mut before = None;
+    if isatty(io::stdin())
+        && let Ok(cooked) = tcgetattr(io::stdin())
+    {
+        eprintln!("press Ctrl-] to end the machine");
+        let mut raw = cooked.clone();
+        raw.make_raw();
+        if tcsetattr(io::stdin(), OptionalActions::Now, &raw).is_ok() {
+            before = Some(cooked);
+        }
+    }
+    let handle = handle.clone();
+    let escape = before.is_some();
+    std::thread::spawn(move || {
+        // An error is the end of input.
+        let _ended = copy_input(&handle, escape);
+    });
+    RawTerminal { before }
+}
+
+fn copy_input(handle: &VmHandle, escape: bool) -> io::Result<()> {
+    let mut input = io::stdin().lock();
+    let mut size = (0, 0);
+    let mut buffer = [0; 1024];
+    while handle.end().is_none() {
+        if let Ok(now) = tcgetwinsize(io::stdin())
+            && (now.ws_col, now.ws_row) != size
+        {
+            size = (now.ws_col, now.ws_row);
+            handle.console_size(now.ws_col, now.ws_row);
+        }
+        let stdin = io::stdin();
+        let mut fds = [PollFd::new(&stdin, PollFlags::IN)];
+        if poll(&mut fds, Some(&RESIZE_LOOK))? == 0 {
+            continue;
+        }
+        let count = input.read(&mut buffer)?;
+        let typed = buffer.get(..count).unwrap_or_default();
+        if typed.is_empty() {
+            break;
+        }
+        if escape && typed.contains(&ESCAPE) {
+            handle.kill();
+            break;
+        }
+        handle.console_input(typed);
+    }
+    io::stderr().flush()
+}
