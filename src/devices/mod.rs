@@ -116,7 +116,8 @@ pub trait VirtioDevice: Send {
     /// Takes memory and queues. From here until `deactivate` the device owns them.
     fn activate(&mut self, activation: Activation) -> Result<(), HostFault>;
     /// All descriptors to poll: queue kicks as well as the device's own. Asked after `activate`
-    /// and again after each `handle` that returned [`Progress::SourcesChanged`].
+    /// and again after each `handle` that returned [`Progress::SourcesChanged`]. A descriptor
+    /// named here stays open until then: the worker forgets it by its number.
     fn sources(&self) -> Vec<Source>;
     /// One of the sources is ready.
     fn handle(&mut self, token: u32, ready: EventSet) -> Result<Progress, Fault>;

@@ -462,3 +462,7 @@ impl Walk<'_> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+#[path = "queue_test.rs"]
+mod tests;

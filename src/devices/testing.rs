@@ -1,13 +1,20 @@
 //! A driver for tests: rings in real guest memory, and a worker that runs in the caller's thread.
 
-use std::sync::Arc;
+use std::os::fd::RawFd;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use virtio_queue::{Queue, QueueState};
 use vm_memory::{Bytes, GuestAddress};
-use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::{Fault, GuestMemory, Interrupt, Progress, RunningQueue, VirtioDevice};
+use super::worker::OnHostFault;
+use super::{
+    Activation, ConfigSpace, DeviceCommand, DeviceKind, DeviceState, Fault, GuestFault,
+    GuestMemory, HostFault, Interrupt, Progress, RunningQueue, Source, VirtioDevice, WorkerThread,
+};
 
 /// Descriptor flags (virtio 1.2, 2.7.5).
 pub const NEXT: u16 = 1;
@@ -24,6 +31,17 @@ pub fn memory(mib: usize) -> GuestMemory {
 
 pub fn event_fd() -> Arc<EventFd> {
     Arc::new(EventFd::new(EFD_NONBLOCK).unwrap())
+}
+
+/// Waits until `fd` was signalled, and clears it.
+pub fn wait_for(fd: &EventFd) {
+    let epoll = Epoll::new().unwrap();
+    let event = EpollEvent::new(EventSet::IN, 0);
+    let raw = std::os::fd::AsRawFd::as_raw_fd(fd);
+    epoll.ctl(ControlOperation::Add, raw, event).unwrap();
+    let mut ready = [EpollEvent::default()];
+    assert_eq!(epoll.wait(20_000, &mut ready).unwrap(), 1, "signalled");
+    fd.read().unwrap();
 }
 
 /// The driver's side of one queue: table, rings and a page for each descriptor, at `base`.
@@ -164,6 +182,7 @@ impl Ring {
         }
         let at = self.used_ring() + 4 + u64::from(self.used % self.size) * 8;
         self.used = self.used.wrapping_add(1);
+        self.set_used_event(self.used);
         let head: u32 = self.read(at);
         Some((u16::try_from(head).unwrap(), self.read(at + 4)))
     }
@@ -218,4 +237,217 @@ pub fn run_ready(device: &mut dyn VirtioDevice) -> Result<(), Fault> {
         }
     }
     panic!("the device's sources never become quiet");
+}
+
+/// What a probe does with its next event or call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Act {
+    /// Return every request.
+    Serve,
+    GuestFault,
+    HostFault,
+    Panic,
+    /// Name a descriptor that cannot be polled among the sources.
+    BadSource,
+    /// Fail to activate.
+    RefuseToStart,
+}
+
+/// What happened to a probe.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Seen {
+    Activated {
+        queues: usize,
+    },
+    /// That many requests were returned.
+    Served(u32),
+    Commanded,
+    Deactivated,
+    Reset,
+}
+
+/// A device that returns what it gets, and misbehaves as its script says.
+#[derive(Debug)]
+pub struct Probe {
+    config: Arc<ConfigSpace>,
+    sizes: Vec<u16>,
+    act: Arc<Mutex<Act>>,
+    seen: Sender<Seen>,
+    running: Option<Activation>,
+}
+
+/// The test's side of a probe.
+#[derive(Debug)]
+pub struct Script {
+    act: Arc<Mutex<Act>>,
+    seen: Receiver<Seen>,
+}
+
+impl Script {
+    pub fn set(&self, act: Act) {
+        *self.act.lock().unwrap() = act;
+    }
+
+    /// The next thing that happens to the probe.
+    pub fn next(&self) -> Seen {
+        self.seen
+            .recv_timeout(Duration::from_secs(20))
+            .expect("something happens to the probe")
+    }
+
+    /// What happened that nobody asked for.
+    pub fn rest(&self) -> Vec<Seen> {
+        self.seen.try_iter().collect()
+    }
+}
+
+/// A probe with two queues of at most 16, and its script.
+pub fn probe() -> (Box<Probe>, Script) {
+    let act = Arc::new(Mutex::new(Act::Serve));
+    let (sender, seen) = channel();
+    let probe = Probe {
+        config: Arc::new(ConfigSpace::new(vec![1, 2, 3, 4, 5, 6], 2..4)),
+        sizes: vec![16, 16],
+        act: Arc::clone(&act),
+        seen: sender,
+        running: None,
+    };
+    (Box::new(probe), Script { act, seen })
+}
+
+/// Host faults as they are reported.
+pub fn faults() -> (OnHostFault, Receiver<String>) {
+    let (sender, receiver) = channel();
+    let on_fault = move |fault: HostFault| sender.send(fault.act).unwrap_or_default();
+    (Arc::new(on_fault), receiver)
+}
+
+impl Probe {
+    fn act(&self) -> Act {
+        *self.act.lock().unwrap()
+    }
+
+    fn say(&self, seen: Seen) {
+        // The test may have ended.
+        let _ended = self.seen.send(seen);
+    }
+
+    fn serve(&mut self, index: u32) -> Result<u32, GuestFault> {
+        let Some(Activation { memory, queues, .. }) = &mut self.running else {
+            return Ok(0);
+        };
+        let Some(queue) = queues.get_mut(index as usize).and_then(Option::as_mut) else {
+            return Ok(0);
+        };
+        queue.consume_kick();
+        let mut served = 0;
+        while let Some(chain) = queue.pop(memory)? {
+            queue.push(memory, chain.head, 0)?;
+            served += 1;
+        }
+        queue.signal(memory)?;
+        queue.enable_kicks(memory)?;
+        Ok(served)
+    }
+}
+
+impl VirtioDevice for Probe {
+    fn kind(&self) -> DeviceKind {
+        DeviceKind::Entropy
+    }
+
+    fn features(&self) -> u64 {
+        0b101
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &self.sizes
+    }
+
+    fn config(&self) -> &Arc<ConfigSpace> {
+        &self.config
+    }
+
+    fn thread(&self) -> WorkerThread {
+        WorkerThread::Devices
+    }
+
+    fn activate(&mut self, activation: Activation) -> Result<(), HostFault> {
+        if self.act() == Act::RefuseToStart {
+            return Err(HostFault::msg("start the probe"));
+        }
+        let queues = activation.queues.iter().flatten().count();
+        self.running = Some(activation);
+        self.say(Seen::Activated { queues });
+        Ok(())
+    }
+
+    fn sources(&self) -> Vec<Source> {
+        let queues = self.running.iter().flat_map(|r| &r.queues);
+        let mut sources: Vec<Source> = (0..)
+            .zip(queues)
+            .filter_map(|(token, queue)| {
+                Some(Source {
+                    fd: queue.as_ref()?.kick_fd(),
+                    events: EventSet::IN,
+                    token,
+                })
+            })
+            .collect();
+        if self.act() == Act::BadSource {
+            sources.push(Source {
+                fd: RawFd::MAX,
+                events: EventSet::IN,
+                token: 9,
+            });
+        }
+        sources
+    }
+
+    fn handle(&mut self, token: u32, _ready: EventSet) -> Result<Progress, Fault> {
+        match self.act() {
+            Act::GuestFault => Err(GuestFault::RingMemory.into()),
+            Act::HostFault => Err(HostFault::msg("serve the probe").into()),
+            Act::Panic => panic!("the probe panics as its script says"),
+            Act::BadSource => Ok(Progress::SourcesChanged),
+            Act::Serve | Act::RefuseToStart => {
+                let served = self.serve(token)?;
+                self.say(Seen::Served(served));
+                Ok(Progress::Done)
+            }
+        }
+    }
+
+    fn deactivate(&mut self) -> Vec<Option<QueueState>> {
+        self.say(Seen::Deactivated);
+        let queues = self.running.take().map(|r| r.queues).unwrap_or_default();
+        queues
+            .iter()
+            .map(|q| q.as_ref().map(RunningQueue::state))
+            .collect()
+    }
+
+    fn reset(&mut self) {
+        self.say(Seen::Reset);
+    }
+
+    fn command(&mut self, _command: DeviceCommand) -> Result<(), HostFault> {
+        self.say(Seen::Commanded);
+        match self.act() {
+            Act::HostFault => Err(HostFault::msg("command the probe")),
+            Act::Panic => panic!("the probe panics as its script says"),
+            _ => Ok(()),
+        }
+    }
+
+    fn save(&self) -> Result<DeviceState, HostFault> {
+        Ok(DeviceState::Entropy)
+    }
+
+    fn restore(&mut self, state: DeviceState) -> Result<(), HostFault> {
+        match state {
+            DeviceState::Entropy => Ok(()),
+            _ => Err(HostFault::msg("not a probe's state")),
+        }
+    }
 }

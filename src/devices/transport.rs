@@ -242,7 +242,7 @@ impl Transport {
         {
             // A 64-bit register in one access.
             self.read(offset, low);
-            self.read(offset + 4, high);
+            self.read(offset.wrapping_add(4), high);
             return;
         }
         let Some(name) = find(offset, data.len()) else {
@@ -285,7 +285,7 @@ impl Transport {
             Name::QueueSize => number(|q| q.size),
             Name::QueueVector => queue.map_or(u32::from(NO_VECTOR), |q| u32::from(q.vector)),
             Name::QueueEnable => number(|q| u16::from(q.enabled)),
-            Name::QueueNotifyOff => u32::from(self.state.queue_select),
+            Name::QueueNotifyOff => queue.map_or(0, |_| u32::from(self.state.queue_select)),
             Name::Desc(half) => address(|q| q.desc, half),
             Name::Avail(half) => address(|q| q.avail, half),
             Name::Used(half) => address(|q| q.used, half),
@@ -298,7 +298,7 @@ impl Transport {
             && high.len() == 4
         {
             self.write(offset, low, wiring);
-            self.write(offset + 4, high, wiring);
+            self.write(offset.wrapping_add(4), high, wiring);
             return;
         }
         let Some(name) = find(offset, data.len()) else {
@@ -392,11 +392,15 @@ impl Transport {
         accepted & !self.features == 0 && accepted & (1 << VIRTIO_F_VERSION_1) != 0
     }
 
-    /// Moves the device to its worker.
+    /// Moves the device to its worker, unless only a reset can help it.
     fn start(&mut self, wiring: &dyn Wiring) {
+        if self.flag.needs_reset() {
+            return;
+        }
         let Some(queues) = self.running_queues(wiring) else {
             tracing::warn!(device = ?self.kind, "guest set up a queue that cannot be");
             self.flag.raise();
+            wiring.interrupt(self.state.config_vector).signal();
             return;
         };
         let Held::AtRest(device) = std::mem::replace(&mut self.held, Held::Gone) else {
@@ -601,3 +605,7 @@ fn set_half(address: &mut u64, half: Half, value: u32) {
         Half::High => (*address & 0xffff_ffff) | (u64::from(value) << 32),
     };
 }
+
+#[cfg(test)]
+#[path = "transport_test.rs"]
+mod tests;

@@ -93,6 +93,8 @@ impl Worker {
                     }
                     Ok(())
                 }));
+                // Calls that wait for this loop end here, before anyone acts on the fault.
+                drop(manager);
                 match ended {
                     Ok(Ok(())) => {}
                     Ok(Err(fault)) => on_fault(fault),
@@ -190,6 +192,7 @@ impl Active {
             match ops.add(events) {
                 Ok(()) => self.sources.push(source),
                 Err(e) => {
+                    self.unwatch(ops);
                     self.dead = true;
                     (self.on_fault)(HostFault::new("watch a device", to_io(e)));
                     return;
@@ -247,3 +250,7 @@ impl MutEventSubscriber for Active {
 fn to_io(error: event_manager::Error) -> io::Error {
     io::Error::other(error.to_string())
 }
+
+#[cfg(test)]
+#[path = "worker_test.rs"]
+mod tests;

@@ -1,9 +1,9 @@
 # Shared by ./dev and the scripts beside this file: messages, build stamps, Debian packages.
-# Sourced with ROOT (the checkout) set and as the working directory.
+# Sourced with the checkout as the working directory.
 # shellcheck shell=bash
 
 # Everything built for tests lies here; each piece is rebuilt when its own scripts change.
-RIG=$ROOT/target/rig
+RIG=${ROOT:=$PWD}/target/rig
 # Debian releases of the test kernels and images.
 SUITE=bookworm
 SUITE_NEW=trixie

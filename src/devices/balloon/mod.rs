@@ -407,3 +407,7 @@ fn fault(problem: &'static str) -> GuestFault {
         problem,
     }
 }
+
+#[cfg(test)]
+#[path = "balloon_test.rs"]
+mod tests;

@@ -2,6 +2,8 @@
 
 use std::io::{Read, Write};
 
+use proptest::prelude::*;
+
 use super::serve::{CONTROL_TX, RX1, TX0};
 use super::*;
 use crate::devices::GuestFault;
@@ -640,4 +642,100 @@ fn a_writable_tail_does_not_hide_in_a_transmit_chain() {
     ring.kick();
     assert_eq!(machine.fault(), "transmit buffer is writable");
     assert_eq!(machine.sink.total_bytes(), 0, "checked before it was sent");
+}
+
+/// Anything a driver or a host may do next.
+#[derive(Debug, Clone)]
+enum Step {
+    Say(u32, u16, u16),
+    Send(usize, Vec<u8>),
+    Room(usize, u32),
+    Raw(usize, u64, u32, u16),
+    Avail(usize, u16),
+    Kick(usize),
+    Typed(usize),
+    Host(usize),
+    HostReads,
+    HostCloses,
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let ring = 0..6_usize;
+    prop_oneof![
+        4 => (0..3_u32, 0..9_u16, 0..2_u16).prop_map(|(p, e, v)| Step::Say(p, e, v)),
+        4 => (ring.clone(), prop::collection::vec(any::<u8>(), 0..4096))
+            .prop_map(|(r, b)| Step::Send(r, b)),
+        6 => (ring.clone(), 0..4096_u32).prop_map(|(r, l)| Step::Room(r, l)),
+        2 => (ring.clone(), any::<u64>(), any::<u32>(), any::<u16>())
+            .prop_map(|(r, a, l, f)| Step::Raw(r, a, l, f)),
+        1 => (ring.clone(), any::<u16>()).prop_map(|(r, i)| Step::Avail(r, i)),
+        2 => ring.prop_map(Step::Kick),
+        2 => (0..10_000_usize).prop_map(Step::Typed),
+        3 => (0..10_000_usize).prop_map(Step::Host),
+        2 => Just(Step::HostReads),
+        1 => Just(Step::HostCloses),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn whatever_comes_the_console_gets_quiet_or_faults_its_guest(
+        steps in prop::collection::vec(step(), 1..60),
+        ready: bool,
+    ) {
+        let mut machine = if ready {
+            Machine::ready(true)
+        } else {
+            let mut machine = Machine::at_rest(true);
+            machine.start(F_SIZE | F_MULTIPORT);
+            machine
+        };
+        for step in steps {
+            match step {
+                Step::Say(port, event, value) => {
+                    let mut bytes = port.to_le_bytes().to_vec();
+                    bytes.extend(event.to_le_bytes());
+                    bytes.extend(value.to_le_bytes());
+                    machine.rings[CONTROL_TX].send(&bytes);
+                }
+                Step::Send(ring, bytes) => _ = machine.rings[ring].send(&bytes),
+                Step::Room(ring, len) => _ = machine.rings[ring].offer_room(len),
+                Step::Raw(ring, addr, len, flags) => {
+                    machine.rings[ring].describe(0, (addr, len, flags, 0));
+                    machine.rings[ring].offer(0);
+                    machine.rings[ring].kick();
+                }
+                Step::Avail(ring, index) => {
+                    machine.rings[ring].set_avail(index);
+                    machine.rings[ring].kick();
+                }
+                Step::Kick(ring) => machine.rings[ring].kick(),
+                Step::Typed(len) => {
+                    let typed = DeviceCommand::ConsoleInput(vec![b't'; len]);
+                    machine.console.command(typed).unwrap();
+                }
+                Step::Host(len) => {
+                    if let Some(host) = &mut machine.host {
+                        let _full = host.write(&vec![b'h'; len]);
+                    }
+                }
+                Step::HostReads => {
+                    if let Some(host) = &mut machine.host {
+                        let _some = host.read(&mut [0; 10_000]);
+                    }
+                }
+                Step::HostCloses => machine.host = None,
+            }
+            // Panics if the sources never become quiet.
+            match run_ready(&mut machine.console) {
+                Ok(()) => {}
+                Err(Fault::Guest(_)) => break,
+                Err(Fault::Host(fault)) => panic!("the host is well, yet {fault}"),
+            }
+            prop_assert!(machine.console.input.len() <= MAX_INPUT);
+        }
+        prop_assert_eq!(machine.console.deactivate().len(), 6);
+        machine.console.reset();
+        prop_assert!(machine.console.save().is_ok());
+    }
 }

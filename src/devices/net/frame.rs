@@ -90,3 +90,7 @@ pub fn receive_bytes(large_receive: bool, mtu: u16) -> u64 {
     };
     HEADER_BYTES as u64 + frame
 }
+
+#[cfg(test)]
+#[path = "frame_test.rs"]
+mod tests;

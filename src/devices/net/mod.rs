@@ -505,3 +505,7 @@ fn signal(fd: &EventFd) {
     // EAGAIN means the counter is full: whoever waits is woken as it is.
     let _full = fd.write(1);
 }
+
+#[cfg(test)]
+#[path = "net_test.rs"]
+mod tests;
