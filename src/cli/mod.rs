@@ -5,7 +5,15 @@
 
 use std::process::ExitCode;
 
+mod serve;
+mod version;
+
 /// Runs the command that this process's arguments name and returns its exit code.
 pub fn run() -> ExitCode {
-    ExitCode::SUCCESS
+    let command = std::env::args().nth(1);
+    match command.as_deref() {
+        None | Some("serve") => serve::run(),
+        Some("version" | "-version" | "--version") => version::run(),
+        Some(_) => ExitCode::from(2),
+    }
 }
