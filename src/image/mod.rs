@@ -20,11 +20,14 @@ mod error;
 mod extract;
 mod generation;
 mod inputs;
+#[cfg(test)]
 mod outcome;
 mod partitions;
 mod seed;
 mod store;
 mod template;
+#[cfg(test)]
+mod testing;
 
 use std::path::PathBuf;
 
