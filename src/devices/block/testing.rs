@@ -73,13 +73,13 @@ const USED: u64 = 0x2000;
 
 /// A split queue of 256, as its driver sees it.
 pub struct Rings<'a> {
-    table: DescriptorTable<'a, GuestMemory>,
+    pub table: DescriptorTable<'a, GuestMemory>,
     pub avail: AvailRing<'a, GuestMemory>,
-    used: UsedRing<'a, GuestMemory>,
+    pub used: UsedRing<'a, GuestMemory>,
 }
 
 impl<'a> Rings<'a> {
-    fn new(memory: &'a GuestMemory) -> Self {
+    pub fn new(memory: &'a GuestMemory) -> Self {
         Self {
             table: DescriptorTable::new(memory, GuestAddress(TABLE), 256),
             avail: AvailRing::new(memory, GuestAddress(AVAIL), 256),
