@@ -39,15 +39,15 @@ impl Active {
         }
     }
 
-    /// What to poll, the TAP being `tap`, while this path is in charge.
+    /// What to poll besides the device's own: nothing while the kernel has the rings.
     pub fn sources(&self, tap: &Tap) -> Vec<Source> {
         let level = |fd, token: Token| Source {
             fd,
             events: EventSet::IN,
             token: token as u32,
         };
-        if let Some(vhost) = &self.vhost {
-            return vec![level(vhost.error_fd(), Token::VhostError)];
+        if self.vhost.is_some() {
+            return Vec::new();
         }
         // By edge: frames that cannot be taken now must not wake the loop again and again.
         let tap = Source {
@@ -98,7 +98,7 @@ impl Active {
     }
 
     /// Hands the rings to the kernel; where it will not have them, they stay here.
-    pub fn start_vhost(&mut self, tap: &Tap) {
+    pub fn start_vhost(&mut self, tap: &Tap, error: &EventFd) {
         if let Some(rx) = &mut self.rx {
             rx.release();
         }
@@ -106,7 +106,7 @@ impl Active {
             self.rx.as_ref().map(|rx| &rx.queue),
             self.tx.as_ref().map(|tx| &tx.queue),
         ];
-        let started = Vhost::prepare(&self.memory, self.features, rings).and_then(|vhost| {
+        let started = Vhost::prepare(&self.memory, self.features, rings, error).and_then(|vhost| {
             let ran = vhost.run(tap.file());
             self.vhost = Some(vhost);
             ran

@@ -123,6 +123,9 @@ pub struct Net {
     /// The configuration changed while nobody could be told.
     config_changed: bool,
     path_changed: EventFd,
+    /// Signalled by the kernel. Kept here, as the worker's loop must not see a descriptor close
+    /// while it polls it.
+    vhost_error: EventFd,
     active: Option<Active>,
 }
 
@@ -134,8 +137,10 @@ impl Net {
                 config.mtu
             )));
         }
-        let path_changed = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
-            .map_err(|e| HostFault::new("make an event descriptor", e))?;
+        let event_fd = || {
+            EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
+                .map_err(|e| HostFault::new("make an event descriptor", e))
+        };
         let link = if config.link_up { Link::Up } else { Link::Down };
         // mac, status, max_virtqueue_pairs (one), mtu; the driver writes none of it.
         let mut space = config.mac.to_vec();
@@ -150,7 +155,8 @@ impl Net {
             config: Arc::new(ConfigSpace::new(space, 0..0)),
             counters: Arc::default(),
             config_changed: false,
-            path_changed,
+            path_changed: event_fd()?,
+            vhost_error: event_fd()?,
             active: None,
         })
     }
@@ -182,7 +188,7 @@ impl Net {
             return Ok(());
         };
         match link {
-            Link::Up if self.use_vhost => active.start_vhost(&self.tap),
+            Link::Up if self.use_vhost => active.start_vhost(&self.tap, &self.vhost_error),
             Link::Up => {}
             Link::Down => active.stop_vhost(),
         }
@@ -217,8 +223,10 @@ impl VirtioDevice for Net {
     fn activate(&mut self, activation: Activation) -> Result<(), HostFault> {
         self.tap.set_offload(activation.features)?;
         let mut active = Active::new(activation, self.mtu);
+        // What the kernel said about the last driver's rings.
+        let _empty = self.vhost_error.read();
         if self.use_vhost && self.link == Link::Up {
-            active.start_vhost(&self.tap);
+            active.start_vhost(&self.tap, &self.vhost_error);
         }
         active.kick_queues();
         if std::mem::take(&mut self.config_changed) {
@@ -232,12 +240,16 @@ impl VirtioDevice for Net {
         let Some(active) = &self.active else {
             return Vec::new();
         };
+        let own = [
+            (&self.path_changed, PATH_CHANGED),
+            (&self.vhost_error, VHOST_ERROR),
+        ];
         let mut sources = active.sources(&self.tap);
-        sources.push(Source {
-            fd: self.path_changed.as_raw_fd(),
+        sources.extend(own.map(|(fd, token)| Source {
+            fd: fd.as_raw_fd(),
             events: EventSet::IN,
-            token: PATH_CHANGED,
-        });
+            token,
+        }));
         sources
     }
 
