@@ -111,7 +111,7 @@ rig_qemu() {
         -drive "if=none,id=data,file=$RIG/data.raw,format=raw,cache=unsafe,discard=unmap" -device virtio-blk-pci,drive=data \
         -netdev user,id=net -device virtio-net-pci,netdev=net <&0 &
     pid=$!
-    trap 'kill "$pid" 2>/dev/null; exit 130' INT TERM HUP
+    trap 'kill "$pid" 2>/dev/null; wait "$pid"; exit 130' INT TERM HUP
     wait "$pid" || code=$?
     trap - INT TERM HUP
     return "$code"
