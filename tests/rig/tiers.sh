@@ -16,7 +16,7 @@ tier_unit() {
         file=${file%/main.rs} file=${file##*/} file=${file%.rs}
         [[ $file == '*' || " ${RIG_TARGETS[*]} " == *" $file "* ]] || targets+=(--test "$file")
     done
-    cargo test --config "$(runner env "${AS_ROOT[@]}")" --lib --bins "${targets[@]}"
+    cargo test --config "$(runner "${AS_ROOT[@]}")" --no-fail-fast --lib --bins "${targets[@]}"
 }
 
 # GitLab's own library against the executable. One static binary, so that it runs in the rig.
@@ -25,12 +25,10 @@ tier_fleeting() {
         && "$ROOT/dev" rig "$RIG/fleeting.test" -test.v -test.timeout=40m)
 }
 
-tier_guest() { rig_cargo test --test guest; }
+tier_guest() { rig_cargo test --no-fail-fast --test guest; }
 
 # Targets of cargo that run in the rig.
 RIG_TARGETS=(guest soak)
-
-if ((EUID == 0)); then AS_ROOT=(); else AS_ROOT=(sudo -E); fi
 
 # runner WORD...: cargo's setting that starts test programs by a command.
 runner() {
