@@ -159,3 +159,7 @@ fn fill(bytes: &mut [u8]) -> Result<(), HostFault> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+#[path = "entropy_test.rs"]
+mod tests;

@@ -191,7 +191,7 @@ fn descriptors_of_length_zero_are_no_segments() {
 
 #[test]
 fn a_chain_is_at_most_64_mib_however_often_it_shows_the_same_memory() {
-    let too_long = "longer than 64 MiB";
+    let too_long = "spans more than this device takes";
     let both = [(0, u32::MAX, NEXT, 1), (0, u32::MAX, 0, 0)];
     assert_eq!(problem(pop(&both)), too_long);
     let mut ring = Ring::new(&memory(64), 0, SIZE);
@@ -400,6 +400,95 @@ fn without_event_idx_every_return_interrupts() {
         queue.signal(&ring.mem).unwrap();
         assert!(ring.interrupted());
     }
+}
+
+#[test]
+fn a_driver_that_wants_no_interrupts_gets_none() {
+    let mut ring = ring();
+    let mut queue = ring.queue(false);
+    for flags in [1_u16, 0] {
+        let at = GuestAddress(ring.avail_ring());
+        ring.mem.write_obj(flags, at).unwrap();
+        let head = ring.send(b"x");
+        queue.pop(&ring.mem).unwrap().unwrap();
+        queue.push(&ring.mem, head, 0).unwrap();
+        queue.signal(&ring.mem).unwrap();
+        assert_eq!(ring.interrupted(), flags == 0);
+    }
+}
+
+#[test]
+fn nothing_returned_is_nothing_to_interrupt_for() {
+    for event_idx in [false, true] {
+        let ring = ring();
+        ring.set_used_event(0xffff);
+        ring.queue(event_idx).signal(&ring.mem).unwrap();
+        assert!(!ring.interrupted());
+    }
+}
+
+#[test]
+fn chains_returned_together_appear_together_also_across_the_rings_end() {
+    let mut ring = ring();
+    let mut queue = ring.queue(true);
+    for _ in 0..5 {
+        let three: Vec<u16> = (0..3).map(|_| ring.send(b"x")).collect();
+        let mut returned = Vec::new();
+        for head in &three {
+            assert_eq!(queue.pop(&ring.mem).unwrap().unwrap().head, *head);
+            assert_eq!(ring.take_used(), None);
+            returned.push((*head, u32::from(*head) + 100));
+        }
+        queue.push_all(&ring.mem, &returned).unwrap();
+        queue.signal(&ring.mem).unwrap();
+        assert!(ring.interrupted(), "the first of the three was asked for");
+        for expected in returned {
+            assert_eq!(ring.take_used(), Some(expected));
+        }
+    }
+    assert_eq!(queue.state().next_used, 15);
+    assert_eq!(queue.used_index(&ring.mem), Ok(15));
+}
+
+#[test]
+fn a_chain_used_again_holds_nothing_of_the_last_one() {
+    let mut ring = ring();
+    ring.describe(0, (0x1000, 4, NEXT, 1));
+    ring.describe(1, (0x2000, 4, WRITE, 0));
+    ring.describe(2, (0x3000, 8, WRITE | NEXT, 3));
+    ring.describe(3, (RAM, 1, WRITE, 0));
+    ring.describe(4, (0x4000, 16, 0, 0));
+    for head in [0, 4, 2] {
+        ring.offer(head);
+    }
+    let mut queue = ring.queue(true);
+    let mut chain = Chain::default();
+    assert_eq!(queue.pop_into(&ring.mem, &mut chain), Ok(true));
+    assert_eq!(queue.pop_into(&ring.mem, &mut chain), Ok(true));
+    assert_eq!(chain.head, 4);
+    assert_eq!(chain.readable, [segment(0x4000, 16)]);
+    assert_eq!(chain.writable, []);
+    assert!(queue.pop_into(&ring.mem, &mut chain).is_err());
+    ring.describe(2, (0x3000, 8, 0, 0));
+    assert_eq!(queue.pop_into(&ring.mem, &mut chain), Ok(true));
+    assert_eq!(chain.readable, [segment(0x3000, 8)]);
+    assert_eq!(chain.writable, []);
+}
+
+#[test]
+fn a_device_may_allow_longer_chains() {
+    let mut ring = Ring::new(&memory(1), 0, SIZE);
+    for index in 0..4 {
+        let flags = if index < 3 { WRITE | NEXT } else { WRITE };
+        ring.describe(index, (0, 1 << 20, flags, index + 1));
+    }
+    ring.offer(0);
+    let mut queue = ring.queue(true);
+    queue.set_max_chain_bytes((4 << 20) - 1);
+    assert!(queue.pop(&ring.mem).is_err());
+    queue.set_max_chain_bytes(4 << 20);
+    let chain = queue.pop(&ring.mem).unwrap().unwrap();
+    assert_eq!(chain.writable_bytes(), 4 << 20);
 }
 
 #[test]

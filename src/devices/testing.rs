@@ -187,6 +187,18 @@ impl Ring {
         Some((u16::try_from(head).unwrap(), self.read(at + 4)))
     }
 
+    /// The same, waiting for the device's interrupt where there is none yet.
+    pub fn wait_used(&mut self) -> (u16, u32) {
+        loop {
+            // Where to interrupt is in memory before the index is looked at.
+            std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
+            if let Some(used) = self.take_used() {
+                return used;
+            }
+            wait_for(&self.call);
+        }
+    }
+
     /// What the device wrote into the next used buffer.
     pub fn take(&mut self) -> Option<Vec<u8>> {
         let (head, len) = self.take_used()?;

@@ -279,3 +279,7 @@ fn write_seed(
     let mut target = dir.create_new(SEED)?;
     seed::write(&mut target, &dir.at(SEED), &files)
 }
+
+#[cfg(test)]
+#[path = "build_test.rs"]
+mod tests;

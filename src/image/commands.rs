@@ -70,3 +70,7 @@ fn word(element: &Yaml<'_>) -> Option<String> {
 pub fn quote(word: &str) -> String {
     format!("'{}'", word.replace('\'', "'\\''"))
 }
+
+#[cfg(test)]
+#[path = "commands_test.rs"]
+mod tests;

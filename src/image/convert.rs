@@ -22,6 +22,7 @@ const PIECE: u64 = 1 << 20;
 /// qcow2's incompatible features (docs/interop/qcow2, "incompatible_features").
 const CORRUPT: u64 = 1 << 1;
 const EXTERNAL_DATA: u64 = 1 << 2;
+const COMPRESSION_TYPE: u64 = 1 << 3;
 /// The first-level table of a disk far beyond any cloud image.
 const MAX_L1_ENTRIES: u32 = 4 << 20;
 
@@ -96,7 +97,7 @@ impl<'a> Source<'a> {
             file.read_exact_at(&mut head, 0).map_err(open)?;
         }
         if head.starts_with(b"QFI\xfb") {
-            check_qcow2(&head).map_err(|(what, hint)| refuse(what, hint))?;
+            check_qcow2(&head, len).map_err(|(what, hint)| refuse(what, hint))?;
             return Self::open_qcow2(file).map_err(open);
         }
         if partitions::is_gpt(file).map_err(open)? || is_ext4(file).map_err(open)? {
@@ -168,9 +169,10 @@ impl<'a> Source<'a> {
 }
 
 /// Refuses what we must not or cannot read, by the header alone.
-fn check_qcow2(head: &[u8; 104]) -> Result<(), (String, &'static str)> {
+fn check_qcow2(head: &[u8; 104], file_len: u64) -> Result<(), (String, &'static str)> {
     const FLATTEN: &str = "qemu-img convert -O qcow2 writes one file that stands alone";
     const DAMAGED: &str = "download it again";
+    const REPACK: &str = "qemu-img convert -O qcow2 -c repacks it with zlib";
     let u32_at = |at: usize| {
         let field = head.get(at..).and_then(|rest| rest.first_chunk());
         field.copied().map(u32::from_be_bytes).unwrap_or(0)
@@ -196,7 +198,13 @@ fn check_qcow2(head: &[u8; 104]) -> Result<(), (String, &'static str)> {
     if incompatible & CORRUPT != 0 {
         return Err(("is marked corrupt".to_owned(), DAMAGED));
     }
-    if !(9..=21).contains(&u32_at(20)) || u32_at(36) > MAX_L1_ENTRIES {
+    if incompatible & COMPRESSION_TYPE != 0 {
+        return Err(("is compressed with zstd".to_owned(), REPACK));
+    }
+    let l1_entries = u32_at(36);
+    let l1_end = u64_at(40).checked_add(u64::from(l1_entries) * 8);
+    let l1_is_inside = l1_end.is_some_and(|end| end <= file_len);
+    if !(9..=21).contains(&u32_at(20)) || l1_entries > MAX_L1_ENTRIES || !l1_is_inside {
         return Err(("has a qcow2 header that makes no sense".to_owned(), DAMAGED));
     }
     Ok(())
@@ -210,3 +218,7 @@ fn is_ext4(file: &File) -> io::Result<bool> {
         Err(e) => Err(e),
     }
 }
+
+#[cfg(test)]
+#[path = "convert_test.rs"]
+mod tests;

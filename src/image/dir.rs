@@ -39,29 +39,22 @@ impl Dir {
         if !path.is_absolute() || path.components().any(|c| c == Component::ParentDir) {
             return Err(refuse("not an absolute path without `..`".to_owned()));
         }
+        let existing = path.ancestors().find(|p| fs::symlink_metadata(p).is_ok());
+        check_way(existing.unwrap_or(path)).map_err(refuse)?;
         fs::DirBuilder::new()
             .recursive(true)
             .mode(0o700)
             .create(path)
             .map_err(|e| refuse(format!("cannot create it: {e}")))?;
-        let real = fs::canonicalize(path).map_err(|e| refuse(e.to_string()))?;
-        let own = rustix::process::geteuid().as_raw();
-        for ancestor in real.ancestors() {
-            let meta = fs::symlink_metadata(ancestor).map_err(|e| refuse(e.to_string()))?;
-            let last = ancestor == real;
-            if meta.uid() != own && (last || meta.uid() != 0) {
-                let uid = meta.uid();
-                return Err(refuse(format!("{} is of user {uid}", ancestor.display())));
-            }
-            if meta.mode() & 0o022 != 0 && (last || meta.mode() & 0o1000 == 0) {
-                return Err(refuse(format!(
-                    "others can write to {}",
-                    ancestor.display()
-                )));
-            }
+        check_way(path).map_err(refuse)?;
+        let mode = fs::metadata(path)
+            .map_err(|e| refuse(e.to_string()))?
+            .mode();
+        if mode & 0o022 != 0 {
+            return Err(refuse("others can write to it".to_owned()));
         }
         let fd = rustix::fs::open(path, DIR, Mode::empty())
-            .map_err(|e| refuse(format!("{}", io::Error::from(e))))?;
+            .map_err(|e| refuse(io::Error::from(e).to_string()))?;
         Ok(Self {
             fd,
             path: path.to_owned(),
@@ -230,6 +223,24 @@ impl Dir {
             _ => false,
         }
     }
+}
+
+/// Checks that only root and this user decide where a path leads: as it is written, links
+/// included, and as it is after following them.
+fn check_way(path: &Path) -> Result<(), String> {
+    let real = fs::canonicalize(path).map_err(|e| format!("{}: {e}", path.display()))?;
+    let own = rustix::process::geteuid().as_raw();
+    for step in path.ancestors().chain(real.ancestors()) {
+        let meta = fs::symlink_metadata(step).map_err(|e| format!("{}: {e}", step.display()))?;
+        if meta.uid() != own && meta.uid() != 0 {
+            return Err(format!("{} is of user {}", step.display(), meta.uid()));
+        }
+        let others_write = meta.mode() & 0o022 != 0 && !meta.is_symlink();
+        if others_write && meta.mode() & 0o1000 == 0 {
+            return Err(format!("others can write to {}", step.display()));
+        }
+    }
+    Ok(())
 }
 
 /// Whether a name can be a single component of ours: no separator, no traversal.

@@ -392,3 +392,7 @@ fn describe(file: &File, partition: &Partition) -> String {
     let kind = kind.map_or("not ext4", |(name, _, _)| name);
     format!("partition {} is {kind}", partition.number)
 }
+
+#[cfg(test)]
+#[path = "extract_test.rs"]
+mod tests;

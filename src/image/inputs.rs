@@ -38,6 +38,11 @@ impl GenerationKey {
         &self.0
     }
 
+    #[cfg(test)]
+    pub fn for_test(name: &str) -> Self {
+        Self(name.to_owned())
+    }
+
     /// The first digits, enough for a log line.
     pub fn short(&self) -> &str {
         self.0.get(..12).unwrap_or(&self.0)

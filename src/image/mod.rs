@@ -25,6 +25,8 @@ mod partitions;
 mod seed;
 mod store;
 mod template;
+#[cfg(test)]
+mod testing;
 
 use std::path::PathBuf;
 

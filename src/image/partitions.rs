@@ -168,3 +168,7 @@ fn u64_at(bytes: &[u8], at: usize) -> u64 {
     let field = bytes.get(at..).and_then(|rest| rest.first_chunk());
     field.copied().map(u64::from_le_bytes).unwrap_or(0)
 }
+
+#[cfg(test)]
+#[path = "partitions_test.rs"]
+mod tests;

@@ -106,3 +106,58 @@ impl Read for FromStart<'_> {
         Ok(n)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::run;
+
+    #[test]
+    fn the_volume_carries_its_label_and_its_files() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("seed.img");
+        let large = dir.path().join("large");
+        let content: Vec<u8> = (0..5_000_000_u32).flat_map(u32::to_le_bytes).collect();
+        std::fs::write(&large, &content).unwrap();
+        let source = File::open(&large).unwrap();
+        let mut target = File::create_new(&path).unwrap();
+        let files = [
+            ("user-data", Content::Text("#cloud-config\n".to_owned())),
+            ("a-long-name-1.service", Content::File(&source)),
+        ];
+        // A volume is read back through its own descriptor.
+        let mut target = {
+            write(&mut target, &path, &files).unwrap();
+            File::open(&path).unwrap()
+        };
+        let blkid = run(&format!("blkid -p -o export {}", path.display()));
+        assert!(blkid.contains("LABEL=CIDATA\n"), "{blkid}");
+        assert!(blkid.contains("TYPE=vfat\n"), "{blkid}");
+        run(&format!("fsck.fat -n {}", path.display()));
+
+        let listing = run(&format!("mdir -b -i {} ::", path.display()));
+        assert!(listing.contains("a-long-name-1.service"), "{listing}");
+        let copy = dir.path().join("copy");
+        run(&format!(
+            "mcopy -i {} ::a-long-name-1.service {}",
+            path.display(),
+            copy.display()
+        ));
+        assert!(std::fs::read(copy).unwrap() == content);
+        let mut head = [0; 3];
+        target.read_exact(&mut head).unwrap();
+        assert_eq!(head[0], 0xeb);
+    }
+
+    #[test]
+    fn a_file_that_no_seed_should_carry_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("seed.img");
+        let huge = File::create_new(dir.path().join("huge")).unwrap();
+        huge.set_len(3 << 30).unwrap();
+        let mut target = File::create_new(&path).unwrap();
+        let error = write(&mut target, &path, &[("agent", Content::File(&huge))]).unwrap_err();
+        assert!(error.to_string().contains("vm_runner_binary"), "{error}");
+        assert_eq!(target.metadata().unwrap().len(), 0);
+    }
+}

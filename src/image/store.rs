@@ -43,7 +43,7 @@ pub struct Store {
     images: Dir,
     pub(super) generations: Dir,
     instance_data: Dir,
-    _snapshots: Dir,
+    snapshots: Dir,
 }
 
 /// The right to build in one store; given up when dropped.
@@ -62,7 +62,7 @@ impl Store {
             images: base.sub("images")?,
             generations: base.sub("generations")?,
             instance_data: base.sub(".instance_data")?,
-            _snapshots: base.sub("snapshots")?,
+            snapshots: base.sub("snapshots")?,
             base,
         };
         for dir in [
@@ -70,7 +70,7 @@ impl Store {
             &store.images,
             &store.generations,
             &store.instance_data,
-            &store._snapshots,
+            &store.snapshots,
         ] {
             // Only tmpfiles ever locks them otherwise, and only while it looks at them.
             dir.try_lock(FlockOperation::NonBlockingLockShared)?;
@@ -287,3 +287,7 @@ fn hash_whole(file: &File) -> std::io::Result<String> {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "store_test.rs"]
+mod tests;

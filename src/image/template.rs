@@ -129,3 +129,7 @@ fn render(
     text.push_str(rest);
     Ok(text)
 }
+
+#[cfg(test)]
+#[path = "template_test.rs"]
+mod tests;

@@ -260,7 +260,7 @@ async fn bring_up(
         address: SocketAddr::from((info.address, SSH_PORT)),
         username: info.username.clone(),
         credential: login,
-        host_key: host_key.public_line.clone(),
+        host_key: Some(host_key.public_line.clone()),
     };
     prove_login(&target).await?;
     Ok((info, link))

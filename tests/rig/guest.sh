@@ -5,6 +5,7 @@
 #
 # tests/rig/guest-init says what the initramfs does. target/rig/tools.ext4 (label `tools`, read-only) holds
 # programs too large for it; attach it as any disk and they are on PATH.
+# target/rig/images holds small.raw and standin.qcow2: see tests/rig/small and tests/rig/standin.
 # shellcheck shell=bash
 
 GUEST_MODULES=(
@@ -71,4 +72,13 @@ guest_files() {
     build guest make_guest tests/rig/guest-init
     build guest13 make_guest_new tests/rig/guest-init
     build tools.ext4 make_guest_tools
+}
+
+make_standin() { as_root tests/rig/standin "$1"; }
+make_small() { as_root tests/rig/small "$1" "$RIG/guest/vmlinuz" "$RIG/guest/base.gz"; }
+
+images() {
+    guest_files
+    build images/small.raw make_small tests/rig/small tests/rig/image.sh tests/rig/guest-init
+    build images/standin.qcow2 make_standin tests/rig/standin tests/rig/image.sh
 }

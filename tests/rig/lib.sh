@@ -11,11 +11,13 @@ SUITE_NEW=trixie
 say() { printf '%s\n' "dev: $*" >&2; }
 die() { printf '%s\n' "dev: error: $*" >&2; exit 1; }
 
+# sbin is not on everybody's PATH, and mkfs and modprobe are there.
+PATH=$PATH:/usr/sbin:/sbin
+# The words that make a command run as root.
+if ((EUID == 0)); then AS_ROOT=(env); else AS_ROOT=(sudo -E); fi
 as_root() {
-    if ((EUID == 0)); then "$@"
-    elif command -v sudo >/dev/null; then sudo "$@"
-    else die "must be root for: $*; hint: run as root or install sudo"
-    fi
+    command -v "${AS_ROOT[0]}" >/dev/null || die "must be root for: $*; hint: run as root or install sudo"
+    "${AS_ROOT[@]}" "$@"
 }
 
 # build NAME FUNCTION INPUT...: calls FUNCTION with target/rig/NAME unless that was built before
@@ -38,12 +40,18 @@ build() {
     exec {lock}>&-
 }
 
-# The Debian mirror this machine already uses, else the public one.
+# debian_mirror [-security]: the mirror of Debian or of its security updates that this machine
+# uses, else the public one.
 debian_mirror() {
     local mirror
-    mirror=$(apt-get indextargets --format '$(REPO_URI) $(ORIGIN) $(COMPONENT)' 'Created-By: Packages' \
-        | awk '$2 == "Debian" && $1 !~ /security/ { print $1; exit }')
-    printf '%s\n' "${mirror:-http://deb.debian.org/debian/}"
+    mirror=$(apt-get indextargets --format '$(ORIGIN) $(REPO_URI)' 'Created-By: Packages' \
+        | sed -n 's|^Debian \(.*[^/]\)/*$|\1|p' | grep -- "/debian${1:-}\$" | head -n 1) || true
+    printf '%s\n' "${mirror:-http://deb.debian.org/debian${1:-}}"
+}
+
+# debian_source SUITE [-security]: a line for apt's sources.list.
+debian_source() {
+    printf 'deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] %s %s main\n' "$(debian_mirror "${2:-}")" "$1${2:-}"
 }
 
 # fetch_debs SUITE DIR PACKAGE...: downloads and unpacks packages of a Debian release into DIR,
@@ -51,8 +59,7 @@ debian_mirror() {
 fetch_debs() {
     local suite=$1 dir=$2 apt=$RIG/.apt package names=(); shift 2
     mkdir -p "$apt"/{state/lists/partial,cache/archives/partial,etc,debs} "$dir"
-    printf 'deb [arch=amd64 signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] %s %s main\n' \
-        "$(debian_mirror)" "$suite" >"$apt/etc/sources.list"
+    debian_source "$suite" >"$apt/etc/sources.list"
     local options=(
         -o "Dir::Etc::SourceList=$apt/etc/sources.list" -o Dir::Etc::SourceParts=/dev/null
         -o Dir::Etc::Preferences=/dev/null -o Dir::Etc::PreferencesParts=/dev/null
@@ -109,7 +116,7 @@ copy_modules() {
 copy_programs() {
     local dir=$1 program file; shift
     for program; do
-        program=$(PATH=$PATH:/usr/sbin:/sbin command -v "$program") || die "no $program; hint: ./dev setup"
+        program=$(command -v "$program") || die "no $program; hint: ./dev setup"
         mkdir -p "$dir/bin"
         cp "$program" "$dir/bin/"
         for file in $(ldd "$program" | grep -o '/[^ ]*'); do

@@ -104,14 +104,14 @@ rig_qemu() {
         -M q35 -accel tcg,thread=multi -cpu max -smp "${RIG_CPUS:-2}" -m "${RIG_MEMORY:-$memory}" \
         -nodefaults -no-user-config -display none -no-reboot \
         -kernel "$RIG"/kernel/boot/vmlinuz-* -initrd "$RIG/l1.initrd" \
-        -append "console=ttyS0 loglevel=4 panic=-1 rig.root=$ROOT" \
+        -append "console=ttyS0 loglevel=4 panic=-1 no_timer_check nowatchdog rig.root=$ROOT" \
         -serial "file:$RIG/l1.log" -device virtio-serial-pci "$@" -device virtio-rng-pci \
         -virtfs local,path=/,mount_tag=root,security_model=none,readonly=on,multidevs=remap \
         -virtfs "local,path=$RIG/out,mount_tag=out,security_model=none,multidevs=remap" \
         -drive "if=none,id=data,file=$RIG/data.raw,format=raw,cache=unsafe,discard=unmap" -device virtio-blk-pci,drive=data \
         -netdev user,id=net -device virtio-net-pci,netdev=net <&0 &
     pid=$!
-    trap 'kill "$pid" 2>/dev/null; exit 130' INT TERM HUP
+    trap 'kill "$pid" 2>/dev/null; wait "$pid"; exit 130' INT TERM HUP
     wait "$pid" || code=$?
     trap - INT TERM HUP
     return "$code"

@@ -1,10 +1,9 @@
 # ./dev setup: what the other commands need, installed only where it is missing.
 # shellcheck shell=bash
 
-# command or file that shows it is there, and its package
 SETUP_PACKAGES=(
     musl-tools nftables iproute2 qemu-system-x86 qemu-utils busybox-static cpio kmod mmdebstrap
-    debian-archive-keyring dosfstools mtools e2fsprogs fdisk gdisk iperf3 fio zstd xz-utils lz4
+    debian-archive-keyring dosfstools mtools e2fsprogs fdisk iperf3 fio zstd xz-utils lz4
     openssh-client openssl ca-certificates curl gcc libc6-dev make git procps util-linux
 )
 MUSL=x86_64-unknown-linux-musl
@@ -17,13 +16,13 @@ setup() {
 }
 
 setup_packages() {
-    local missing=()
+    local missing=() apt
     mapfile -t missing < <(comm -23 <(printf '%s\n' "${SETUP_PACKAGES[@]}" | sort) \
         <(dpkg-query -W -f '${db:Status-Status} ${Package}\n' "${SETUP_PACKAGES[@]}" 2>/dev/null \
             | sed -n 's/^installed //p' | sort -u))
     ((${#missing[@]})) || return 0
     say "installing: ${missing[*]}"
-    local apt=(env DEBIAN_FRONTEND=noninteractive apt-get -qq -o Dpkg::Use-Pty=0)
+    apt=(env DEBIAN_FRONTEND=noninteractive apt-get -qq -o Dpkg::Use-Pty=0)
     apt_install() { as_root "${apt[@]}" install -y --no-install-recommends "${missing[@]}" >&2; }
     apt_install 2>/dev/null && return
     say "updating the package lists"

@@ -4,11 +4,12 @@
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
 use crate::devices::testing::{NEXT, Ring, WRITE, event_fd, run_ready};
+use crate::devices::{GuestFault, GuestMemory, Interrupt};
 
 const ALL: u64 = (1 << 32) | F_STATS_VQ | F_DEFLATE_ON_OOM | F_PAGE_REPORTING;
 const MIB: u64 = 1 << 20;

@@ -233,3 +233,7 @@ impl TryFrom<StoredMap> for OverlayMap {
         Ok(map)
     }
 }
+
+#[cfg(test)]
+#[path = "map_test.rs"]
+mod tests;

@@ -21,7 +21,7 @@ mod ring;
 mod running;
 mod slots;
 #[cfg(test)]
-mod testing;
+pub(in crate::devices) mod testing;
 mod vectored;
 
 use std::sync::Arc;

@@ -38,12 +38,14 @@ pub struct Overlay {
 impl Overlay {
     /// An overlay on `base`, or on the snapshot `golden` that was taken above that base.
     ///
-    /// The disk is as long as `base` or, if that is longer, `delta`; what the base lacks reads as
-    /// zero. `delta` is an empty file that nobody else writes (`O_TMPFILE`). Reads no data.
+    /// The disk is as long as the longest of its files; what the base lacks reads as zero. `delta` is an empty file that nobody else writes (`O_TMPFILE`). Reads no data.
     pub fn new(base: Arc<File>, golden: Option<Golden>, delta: File) -> io::Result<Self> {
         let base_bytes = disk::file_bytes(&base)?;
-        let bytes = base_bytes.max(disk::file_bytes(&delta)?);
-        let bytes = bytes - bytes % SECTOR;
+        let mut bytes = base_bytes.max(disk::file_bytes(&delta)?);
+        if let Some(golden) = &golden {
+            bytes = bytes.max(disk::file_bytes(&golden.delta)?);
+        }
+        bytes -= bytes % SECTOR;
         delta.set_len(bytes)?;
         let mut map = OverlayMap::new(bytes);
         if let Some(golden) = &golden {
@@ -279,3 +281,7 @@ fn check_shape(saved: &OverlayMap, own: &OverlayMap) -> io::Result<()> {
 fn invalid(problem: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, problem)
 }
+
+#[cfg(test)]
+#[path = "overlay_test.rs"]
+mod tests;

@@ -280,3 +280,7 @@ fn low32(value: u128) -> u32 {
 fn low64(value: u128) -> u64 {
     value as u64
 }
+
+#[cfg(test)]
+#[path = "hostile_test.rs"]
+mod tests;

@@ -264,3 +264,7 @@ impl Running {
 pub(super) fn submit_fault(error: io::Error) -> Fault {
     HostFault::new("submit block i/o", error).into()
 }
+
+#[cfg(test)]
+#[path = "flight_test.rs"]
+mod tests;

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use virtio_queue::desc::RawDescriptor;
 use virtio_queue::desc::split::Descriptor;
-use virtio_queue::mock::MockSplitQueue;
+use virtio_queue::mock::{AvailRing, DescriptorTable, UsedRing};
 use virtio_queue::{Queue, QueueState};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::epoll::EventSet;
@@ -66,10 +66,48 @@ pub enum Buffer {
     In(u32),
 }
 
+/// Where the parts of the queue lie. The mock's own layout lets its rings overlap.
+pub const TABLE: u64 = 0;
+const AVAIL: u64 = 0x1000;
+const USED: u64 = 0x2000;
+
+/// A split queue of 256, as its driver sees it.
+pub struct Rings<'a> {
+    pub table: DescriptorTable<'a, GuestMemory>,
+    pub avail: AvailRing<'a, GuestMemory>,
+    pub used: UsedRing<'a, GuestMemory>,
+}
+
+impl<'a> Rings<'a> {
+    pub fn new(memory: &'a GuestMemory) -> Self {
+        Self {
+            table: DescriptorTable::new(memory, GuestAddress(TABLE), 256),
+            avail: AvailRing::new(memory, GuestAddress(AVAIL), 256),
+            used: UsedRing::new(memory, GuestAddress(USED), 256),
+        }
+    }
+
+    /// The device's end of it, at its start.
+    pub fn device_end() -> Queue {
+        Queue::try_from(QueueState {
+            max_size: 256,
+            next_avail: 0,
+            next_used: 0,
+            event_idx_enabled: false,
+            size: 256,
+            ready: true,
+            desc_table: TABLE,
+            avail_ring: AVAIL,
+            used_ring: USED,
+        })
+        .unwrap()
+    }
+}
+
 /// A guest with one disk.
 pub struct Guest<'a> {
     pub memory: &'a GuestMemory,
-    pub queue: MockSplitQueue<'a, GuestMemory>,
+    pub rings: Rings<'a>,
     pub device: Block,
     pub kick: Arc<EventFd>,
     pub interrupt: Arc<EventFd>,
@@ -92,15 +130,14 @@ impl<'a> Guest<'a> {
     pub fn with_features(memory: &'a GuestMemory, device: Block, features: u64) -> Self {
         let mut guest = Self {
             memory,
-            queue: MockSplitQueue::new(memory, 256),
+            rings: Rings::new(memory),
             device,
             kick: Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap()),
             interrupt: Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap()),
             seen: 0,
             next_slot: 0,
         };
-        let queue: Queue = guest.queue.create_queue().unwrap();
-        guest.activate(queue, features);
+        guest.activate(Rings::device_end(), features);
         guest
     }
 
@@ -177,14 +214,14 @@ impl<'a> Guest<'a> {
 
     fn store(&self, index: u16, descriptor: Descriptor) {
         let raw = RawDescriptor::from(descriptor);
-        self.queue.desc_table().store(index, raw).unwrap();
+        self.rings.table.store(index, raw).unwrap();
     }
 
     pub fn make_available(&mut self, head: u16) {
-        let index = self.queue.avail().idx().load();
+        let index = self.rings.avail.idx().load();
         let slot = usize::from(index % 256);
-        self.queue.avail().ring().ref_at(slot).unwrap().store(head);
-        self.queue.avail().idx().store(index.wrapping_add(1));
+        self.rings.avail.ring().ref_at(slot).unwrap().store(head);
+        self.rings.avail.idx().store(index.wrapping_add(1));
     }
 
     /// Writes a request's header.
@@ -260,9 +297,9 @@ impl<'a> Guest<'a> {
     /// What the device has answered since the last look.
     pub fn answers(&mut self) -> Vec<Answer> {
         let mut answers = Vec::new();
-        while self.seen != self.queue.used().idx().load() {
+        while self.seen != self.rings.used.idx().load() {
             let slot = usize::from(self.seen % 256);
-            let element = self.queue.used().ring().ref_at(slot).unwrap().load();
+            let element = self.rings.used.ring().ref_at(slot).unwrap().load();
             answers.push(Answer {
                 head: u16::try_from(element.id()).unwrap(),
                 len: element.len(),
@@ -340,6 +377,13 @@ fn ranges_bytes(ranges: &[(u64, u32, u32)]) -> Vec<u8> {
     bytes
 }
 
+/// Makes `file`'s descriptor mean `other`, behind the device's back.
+pub fn swap(file: &File, other: &impl AsRawFd) {
+    // SAFETY: both descriptors are open; nothing is closed that anybody still owns.
+    let swapped = unsafe { libc::dup2(other.as_raw_fd(), file.as_raw_fd()) };
+    assert_eq!(swapped, file.as_raw_fd());
+}
+
 /// An unnamed file on a tmpfs of `kib` of its own that nobody else sees; needs root.
 pub fn file_on_small_disk(kib: u32) -> File {
     let thread = std::thread::spawn(move || {
@@ -360,4 +404,34 @@ pub fn file_on_small_disk(kib: u32) -> File {
     let file = thread.join().unwrap();
     assert!(file.as_raw_fd() >= 0);
     file
+}
+
+/// Makes io_uring_setup fail with EPERM on this thread, for good.
+pub fn forbid_io_uring() {
+    let statement = |code: u32, k: u32, yes: u8, no: u8| libc::sock_filter {
+        code: u16::try_from(code).unwrap(),
+        jt: yes,
+        jf: no,
+        k,
+    };
+    let number = u32::try_from(libc::SYS_io_uring_setup).unwrap();
+    let refuse = libc::SECCOMP_RET_ERRNO | u32::try_from(libc::EPERM).unwrap();
+    let mut filter = [
+        // The system call's number is the first field of seccomp_data.
+        statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0),
+        statement(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, number, 0, 1),
+        statement(libc::BPF_RET | libc::BPF_K, refuse, 0, 0),
+        statement(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ALLOW, 0, 0),
+    ];
+    let program = libc::sock_fprog {
+        len: 4,
+        filter: filter.as_mut_ptr(),
+    };
+    // SAFETY: changes this thread only.
+    let set = unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) };
+    assert_eq!(set, 0);
+    let mode = libc::SECCOMP_MODE_FILTER;
+    // SAFETY: the program lives until the call returns; the kernel copies it.
+    let set = unsafe { libc::prctl(libc::PR_SET_SECCOMP, mode, &raw const program, 0, 0) };
+    assert_eq!(set, 0);
 }

@@ -7,7 +7,8 @@ use proptest::prelude::*;
 use super::serve::{CONTROL_TX, RX1, TX0};
 use super::*;
 use crate::devices::GuestFault;
-use crate::devices::testing::{NEXT, Ring, WRITE, event_fd, memory, run_ready};
+use crate::devices::testing::{NEXT, Ring, WRITE, event_fd, faults, memory, run_ready};
+use crate::devices::worker::{FaultFlag, Worker};
 use crate::devices::{GuestMemory, Interrupt};
 
 /// A console, its driver's rings, and the host's end of the agent's channel.
@@ -642,6 +643,71 @@ fn a_writable_tail_does_not_hide_in_a_transmit_chain() {
     ring.kick();
     assert_eq!(machine.fault(), "transmit buffer is writable");
     assert_eq!(machine.sink.total_bytes(), 0, "checked before it was sent");
+}
+
+#[test]
+fn on_its_worker_a_slow_host_and_a_slow_guest_lose_nothing() {
+    let Machine {
+        console,
+        mem,
+        mut rings,
+        host,
+        ..
+    } = Machine::at_rest(true);
+    let mut host = host.unwrap();
+    host.set_nonblocking(false).unwrap();
+    let (on_fault, faults) = faults();
+    let worker = Worker::spawn("test/dev", Arc::clone(&on_fault)).unwrap();
+    let activation = Activation {
+        memory: mem,
+        features: F_SIZE | F_MULTIPORT,
+        queues: rings.iter().map(|r| Some(r.queue(true))).collect(),
+        config_interrupt: Interrupt::none(),
+    };
+    let flag = FaultFlag::default();
+    let id = worker
+        .activate(Box::new(console), activation, flag.clone(), on_fault)
+        .unwrap();
+    for event in [3, 6] {
+        rings[CONTROL_TX].send(&[1, 0, 0, 0, event, 0, 1, 0]);
+        rings[CONTROL_TX].wait_used();
+    }
+    let data: Vec<u8> = (0..200_000_u32).flat_map(u32::to_le_bytes).collect();
+    std::thread::scope(|scope| {
+        let (mut reader, sent) = (host.try_clone().unwrap(), &data);
+        scope.spawn(move || {
+            let mut got = vec![0; sent.len()];
+            for piece in got.chunks_mut(10_000) {
+                reader.read_exact(piece).unwrap();
+                std::thread::yield_now();
+            }
+            assert!(&got == sent, "guest to host");
+        });
+        scope.spawn(|| host.write_all(&data).unwrap());
+        let mut rest = rings.split_off(RX1).into_iter();
+        let (mut rx, mut tx) = (rest.next().unwrap(), rest.next().unwrap());
+        scope.spawn(move || {
+            for (number, page) in sent.chunks(4000).enumerate() {
+                if number >= usize::from(QUEUE_SIZE) {
+                    tx.wait_used();
+                }
+                tx.send(page);
+            }
+        });
+        let mut got = Vec::new();
+        while got.len() < data.len() {
+            rx.offer_room(1000);
+            let (head, len) = rx.wait_used();
+            let mut bytes = vec![0; usize::try_from(len).unwrap()];
+            let at = vm_memory::GuestAddress(rx.buffer(head));
+            vm_memory::Bytes::read_slice(&rx.mem, &mut bytes, at).unwrap();
+            got.extend(bytes);
+        }
+        assert!(got == data, "host to guest");
+    });
+    assert!(!flag.needs_reset());
+    assert_eq!(worker.deactivate(id).unwrap().1.len(), 6);
+    assert!(faults.try_recv().is_err());
 }
 
 /// Anything a driver or a host may do next.

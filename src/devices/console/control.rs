@@ -79,7 +79,7 @@ impl ToDriver {
         bytes.extend(value.to_le_bytes());
         match self {
             Self::Name => bytes.extend(name.as_bytes()),
-            // Columns first, as in the standard; Linux read rows first until 6.15.
+            // Columns first, as in the standard; older Linux reads rows first.
             Self::Resize => {
                 bytes.extend(size.columns.to_le_bytes());
                 bytes.extend(size.rows.to_le_bytes());

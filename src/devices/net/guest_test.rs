@@ -12,6 +12,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent};
 
 use super::super::*;
 use crate::devices::testing::{NEXT, Ring, WRITE, event_fd, memory};
+use crate::devices::{GuestMemory, Interrupt};
 use crate::testing::run;
 
 pub const MAC: [u8; 6] = [2, 0, 0, 0, 0, 2];

@@ -1,7 +1,7 @@
 //! The network device (virtio 1.2, 5.1): one receive and one transmit queue on a TAP.
 //!
 //! Runs on `vmN/dev` and owns the TAP, the queues and the link. Frames move by one of two paths
-//! that look the same to a driver: in user space ([`rx`], [`tx`]), or in the kernel ([`vhost`])
+//! that look the same to a driver: in user space (`rx`, `tx`), or in the kernel (`vhost`)
 //! where it has vhost-net. While the link is down the user-space path is in charge, and it
 //! discards what either side sends.
 //!
@@ -15,6 +15,7 @@
 //! No control queue, no multiqueue, no address filter: the host's rules on the TAP are the filter.
 //! UDP segmentation is not offered, because what a host offers must not depend on its kernel.
 
+mod active;
 pub mod counters;
 pub mod frame;
 mod rx;
@@ -37,14 +38,12 @@ use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{
-    Activation, ConfigSpace, DeviceCommand, DeviceKind, DeviceState, Fault, GuestFault,
-    GuestMemory, HostFault, Interrupt, Progress, RunningQueue, Source, VirtioDevice, WorkerThread,
+    Activation, ConfigSpace, DeviceCommand, DeviceKind, DeviceState, Fault, GuestFault, HostFault,
+    Progress, Source, VirtioDevice, WorkerThread,
 };
+use active::{Active, signal};
 use counters::{Counters, NetCounts};
-use rx::Rx;
 use tap::Tap;
-use tx::Tx;
-use vhost::Vhost;
 
 /// Buffers of a queue: six frames of 64 KiB in buffers of a page's third.
 const QUEUE_SIZES: [u16; 2] = [256, 256];
@@ -124,19 +123,10 @@ pub struct Net {
     /// The configuration changed while nobody could be told.
     config_changed: bool,
     path_changed: EventFd,
+    /// Signalled by the kernel. Kept here, as the worker's loop must not see a descriptor close
+    /// while it polls it.
+    vhost_error: EventFd,
     active: Option<Active>,
-}
-
-/// The device between activation and deactivation.
-#[derive(Debug)]
-struct Active {
-    memory: GuestMemory,
-    features: u64,
-    rx: Option<Rx>,
-    tx: Option<Tx>,
-    config_interrupt: Interrupt,
-    /// The kernel has the rings.
-    vhost: Option<Vhost>,
 }
 
 impl Net {
@@ -147,8 +137,10 @@ impl Net {
                 config.mtu
             )));
         }
-        let path_changed = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
-            .map_err(|e| HostFault::new("make an event descriptor", e))?;
+        let event_fd = || {
+            EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
+                .map_err(|e| HostFault::new("make an event descriptor", e))
+        };
         let link = if config.link_up { Link::Up } else { Link::Down };
         // mac, status, max_virtqueue_pairs (one), mtu; the driver writes none of it.
         let mut space = config.mac.to_vec();
@@ -163,7 +155,8 @@ impl Net {
             config: Arc::new(ConfigSpace::new(space, 0..0)),
             counters: Arc::default(),
             config_changed: false,
-            path_changed,
+            path_changed: event_fd()?,
+            vhost_error: event_fd()?,
             active: None,
         })
     }
@@ -195,7 +188,7 @@ impl Net {
             return Ok(());
         };
         match link {
-            Link::Up if self.use_vhost => active.start_vhost(&self.tap),
+            Link::Up if self.use_vhost => active.start_vhost(&self.tap, &self.vhost_error),
             Link::Up => {}
             Link::Down => active.stop_vhost(),
         }
@@ -203,38 +196,6 @@ impl Net {
         signal(&self.path_changed);
         active.config_interrupt.signal();
         Ok(())
-    }
-
-    fn receive(&mut self) -> Result<(), Fault> {
-        let Some(active) = &mut self.active else {
-            return Ok(());
-        };
-        if active.vhost.is_some() {
-            return Ok(());
-        }
-        match (&mut active.rx, self.link) {
-            (Some(rx), Link::Up) => rx.receive(&active.memory, &self.tap, &self.counters),
-            (rx, _) => {
-                let (frames, empty) = self.tap.discard(Budget::FRAMES)?;
-                self.counters.rx_dropped.add(u64::from(frames));
-                if let (false, Some(rx)) = (empty, rx) {
-                    kick_again(&rx.queue);
-                }
-                Ok(())
-            }
-        }
-    }
-
-    fn transmit(&mut self) -> Result<(), Fault> {
-        let Some(active) = &mut self.active else {
-            return Ok(());
-        };
-        match &mut active.tx {
-            Some(tx) if active.vhost.is_none() => {
-                tx.transmit(&active.memory, &self.tap, self.link, &self.counters)
-            }
-            _ => Ok(()),
-        }
     }
 }
 
@@ -261,21 +222,12 @@ impl VirtioDevice for Net {
 
     fn activate(&mut self, activation: Activation) -> Result<(), HostFault> {
         self.tap.set_offload(activation.features)?;
-        let mut queues = activation.queues.into_iter();
-        let mut next = || queues.next().flatten();
-        let features = activation.features;
-        let mut active = Active {
-            memory: activation.memory,
-            features,
-            rx: next().map(|queue| Rx::new(queue, features, self.mtu)),
-            tx: next().map(|queue| Tx::new(queue, features)),
-            config_interrupt: activation.config_interrupt,
-            vhost: None,
-        };
+        let mut active = Active::new(activation, self.mtu);
+        // What the kernel said about the last driver's rings.
+        let _empty = self.vhost_error.read();
         if self.use_vhost && self.link == Link::Up {
-            active.start_vhost(&self.tap);
+            active.start_vhost(&self.tap, &self.vhost_error);
         }
-        // What the driver made available before will not be kicked again.
         active.kick_queues();
         if std::mem::take(&mut self.config_changed) {
             active.config_interrupt.signal();
@@ -288,49 +240,35 @@ impl VirtioDevice for Net {
         let Some(active) = &self.active else {
             return Vec::new();
         };
-        let level = |fd, token| Source {
-            fd,
+        let own = [
+            (&self.path_changed, PATH_CHANGED),
+            (&self.vhost_error, VHOST_ERROR),
+        ];
+        let mut sources = active.sources(&self.tap);
+        sources.extend(own.map(|(fd, token)| Source {
+            fd: fd.as_raw_fd(),
             events: EventSet::IN,
             token,
-        };
-        let mut sources = vec![level(self.path_changed.as_raw_fd(), PATH_CHANGED)];
-        if let Some(vhost) = &active.vhost {
-            sources.push(level(vhost.error_fd(), VHOST_ERROR));
-            return sources;
-        }
-        // By edge: frames that cannot be taken now must not wake the loop again and again.
-        sources.push(Source {
-            fd: self.tap.fd(),
-            events: EventSet::IN | EventSet::EDGE_TRIGGERED,
-            token: TAP,
-        });
-        sources.extend(
-            active
-                .rx
-                .iter()
-                .map(|rx| level(rx.queue.kick_fd(), RX_KICK)),
-        );
-        sources.extend(
-            active
-                .tx
-                .iter()
-                .map(|tx| level(tx.queue.kick_fd(), TX_KICK)),
-        );
+        }));
         sources
     }
 
     fn handle(&mut self, token: u32, _ready: EventSet) -> Result<Progress, Fault> {
+        let Some(active) = &mut self.active else {
+            return Ok(Progress::Done);
+        };
         match token {
-            TAP => self.receive()?,
+            TAP => active.receive(&self.tap, self.link, &self.counters)?,
             RX_KICK => {
-                self.active.iter().for_each(Active::consume_rx_kick);
-                self.receive()?;
+                active.consume_kick(Token::RxKick);
+                active.receive(&self.tap, self.link, &self.counters)?;
             }
             TX_KICK => {
-                self.active.iter().for_each(Active::consume_tx_kick);
-                self.transmit()?;
+                active.consume_kick(Token::TxKick);
+                active.transmit(&self.tap, self.link, &self.counters)?;
             }
             VHOST_ERROR => {
+                active.stop_vhost();
                 return Err(GuestFault::Request {
                     device: "net",
                     problem: "vhost-net cannot follow a ring",
@@ -347,17 +285,10 @@ impl VirtioDevice for Net {
     }
 
     fn deactivate(&mut self) -> Vec<Option<QueueState>> {
-        let Some(mut active) = self.active.take() else {
-            return vec![None; QUEUE_SIZES.len()];
-        };
-        active.stop_vhost();
-        if let Some(rx) = &mut active.rx {
-            rx.release();
+        match self.active.take() {
+            Some(active) => active.stop(),
+            None => vec![None; QUEUE_SIZES.len()],
         }
-        vec![
-            active.rx.map(|rx| rx.queue.state()),
-            active.tx.map(|tx| tx.queue.state()),
-        ]
     }
 
     fn reset(&mut self) {
@@ -394,69 +325,6 @@ impl VirtioDevice for Net {
     }
 }
 
-impl Active {
-    /// Hands the rings to the kernel; where it will not have them, they stay here.
-    fn start_vhost(&mut self, tap: &Tap) {
-        if let Some(rx) = &mut self.rx {
-            rx.release();
-        }
-        let rings = [
-            self.rx.as_ref().map(|rx| &rx.queue),
-            self.tx.as_ref().map(|tx| &tx.queue),
-        ];
-        let failed = match Vhost::prepare(&self.memory, self.features, rings) {
-            Ok(vhost) => {
-                let ran = vhost.run(tap.file());
-                self.vhost = Some(vhost);
-                ran
-            }
-            Err(e) => Err(e),
-        };
-        if let Err(e) = failed {
-            tracing::warn!("vhost-net does not take a queue, going on in user space: {e}");
-            self.stop_vhost();
-        }
-    }
-
-    /// Takes the rings back from the kernel, if it has them.
-    fn stop_vhost(&mut self) {
-        let Some(vhost) = self.vhost.take() else {
-            return;
-        };
-        let [rx, tx] = vhost.stop();
-        let queues = [
-            (rx, self.rx.as_mut().map(|rx| &mut rx.queue)),
-            (tx, self.tx.as_mut().map(|tx| &mut tx.queue)),
-        ];
-        for (position, queue) in queues {
-            if let (Some(next_avail), Some(queue)) = (position, queue) {
-                // The kernel returns all it takes, so both agree unless the guest wrote there.
-                let next_used = queue.used_index(&self.memory).unwrap_or(next_avail);
-                queue.set_positions(next_avail, next_used);
-            }
-        }
-    }
-
-    fn kick_queues(&self) {
-        self.rx.iter().for_each(|rx| kick_again(&rx.queue));
-        self.tx.iter().for_each(|tx| kick_again(&tx.queue));
-    }
-
-    // A kick that vhost waits for must stay where it is.
-
-    fn consume_rx_kick(&self) {
-        if let (Some(rx), None) = (&self.rx, &self.vhost) {
-            rx.queue.consume_kick();
-        }
-    }
-
-    fn consume_tx_kick(&self) {
-        if let (Some(tx), None) = (&self.tx, &self.vhost) {
-            tx.queue.consume_kick();
-        }
-    }
-}
-
 impl Link {
     fn status(self) -> u16 {
         match self {
@@ -464,46 +332,6 @@ impl Link {
             Self::Down => 0,
         }
     }
-}
-
-/// How much one wake-up may do before the other devices of the loop get their turn.
-#[derive(Debug)]
-struct Budget {
-    frames: u32,
-    bytes: u64,
-}
-
-impl Budget {
-    const FRAMES: u32 = 256;
-    const BYTES: u64 = 1 << 20;
-
-    fn spend(&mut self, bytes: u64) {
-        self.frames = self.frames.saturating_sub(1);
-        self.bytes = self.bytes.saturating_sub(bytes);
-    }
-
-    fn is_spent(&self) -> bool {
-        self.frames == 0 || self.bytes == 0
-    }
-}
-
-impl Default for Budget {
-    fn default() -> Self {
-        Self {
-            frames: Self::FRAMES,
-            bytes: Self::BYTES,
-        }
-    }
-}
-
-/// Wakes this queue's handler once more.
-fn kick_again(queue: &RunningQueue) {
-    signal(queue.kick());
-}
-
-fn signal(fd: &EventFd) {
-    // EAGAIN means the counter is full: whoever waits is woken as it is.
-    let _full = fd.write(1);
 }
 
 #[cfg(test)]

@@ -5,10 +5,16 @@
 mod guest;
 
 use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use virtio_queue::{Queue, QueueState};
+use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
 use crate::devices::testing::{NEXT, WRITE};
 use crate::devices::worker::{FaultFlag, Worker};
+use crate::devices::{Interrupt, RunningQueue};
 use crate::testing::{in_network_namespace, run};
 use guest::{
     EVENT_IDX, EVERYTHING, Guest, MAC, OURS, PLAIN, VERSION_1, Wire, fold, frame, tap, tcp_segment,
@@ -89,6 +95,10 @@ fn frames_pass_both_ways() {
         for mark in [&[1; 46][..], &[2; 1400], &[3; 1500]] {
             assert_passes(&mut guest, &mut wire, mark);
         }
+        // What the kernel moves, we do not see.
+        let counts = guest.nic.counters().now();
+        let seen = if vhost { 0 } else { 3 };
+        assert_eq!((counts.rx_frames, counts.tx_frames), (seen, seen));
     });
 }
 
@@ -489,6 +499,90 @@ fn an_available_index_that_jumps_stops_the_device() {
 }
 
 #[test]
+fn a_ring_that_vhost_cannot_follow_stops_the_device() {
+    if !vhost::is_available() {
+        eprintln!("SKIP: /dev/vhost-net does not open here");
+        return;
+    }
+    in_network_namespace(|| {
+        let (mut guest, mut wire) = boot(PLAIN, true, 64);
+        assert_passes(&mut guest, &mut wire, &[1; 64]);
+        guest.tx.set_avail(1000);
+        guest.tx.kick();
+        let error = guest.nic.sources();
+        let error = error.iter().find(|s| s.token == VHOST_ERROR).unwrap();
+        guest::wait_readable([error.fd], Duration::from_secs(20));
+        assert_eq!(problem(guest.serve()), "vhost-net cannot follow a ring");
+        assert_eq!(guest.nic.deactivate().len(), 2);
+    });
+}
+
+/// A ring at the very end of memory is right, but the kernel's interface will not have it.
+#[test]
+fn a_ring_that_vhost_refuses_is_served_in_user_space() {
+    on_each_path(|vhost| {
+        let (mut guest, mut wire) = boot(PLAIN, vhost, 0);
+        let _positions = guest.pause();
+        let avail_ring = (8 << 20) - (6 + 2 * 256);
+        let queue = Queue::try_from(QueueState {
+            avail_ring,
+            ..guest.tx.queue(false).state()
+        })
+        .unwrap();
+        let queue = RunningQueue::new(queue, Arc::clone(&guest.tx.kick), Interrupt::none());
+        let body = [&NO_OFFLOAD[..], &frame(true, &[1; 64])].concat();
+        guest.tx.send(&body);
+        // One entry: the head, at index 1.
+        guest
+            .mem
+            .write_obj(1_u16, GuestAddress(avail_ring + 2))
+            .unwrap();
+        guest
+            .nic
+            .activate(Activation {
+                memory: guest.mem.clone(),
+                features: PLAIN,
+                queues: vec![Some(guest.rx.queue(false)), Some(queue)],
+                config_interrupt: Interrupt::none(),
+            })
+            .unwrap();
+        guest.watch();
+        guest.serve().unwrap();
+        assert_eq!(wire.receive(OURS).1, frame(true, &[1; 64]));
+        assert_eq!(guest.nic.counters().now().tx_frames, 1);
+    });
+}
+
+#[test]
+fn a_header_rewritten_while_it_is_sent_is_the_checked_one_to_the_host() {
+    in_network_namespace(|| {
+        let (mut guest, _wire) = boot(EVERYTHING, false, 0);
+        guest.serve().unwrap();
+        let (mem, at) = (guest.mem.clone(), GuestAddress(guest.tx.buffer(0)));
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let second_cpu = std::thread::spawn(move || {
+            // Right, and a segmentation that the kernel would refuse.
+            let headers: [[u8; 12]; 2] = [[0; 12], [1, 1, 54, 0, 0, 0, 255, 255, 255, 255, 0, 0]];
+            while !stopped.load(Ordering::Relaxed) {
+                for header in &headers {
+                    mem.write_slice(header, at).unwrap();
+                }
+            }
+        });
+        for _ in 0..20_000 {
+            guest.post(NO_OFFLOAD, &frame(true, &[1; 64]));
+            guest.serve().unwrap();
+        }
+        stop.store(true, Ordering::Relaxed);
+        second_cpu.join().unwrap();
+        let counts = guest.nic.counters().now();
+        assert_eq!(counts.tx_frames + counts.tx_refused, 20_000);
+        assert_eq!(counts.tx_dropped, 0, "the kernel refused none");
+    });
+}
+
+#[test]
 fn a_tap_that_is_gone_is_the_hosts_fault() {
     in_network_namespace(|| {
         let (mut guest, _wire) = boot(PLAIN, false, 64);
@@ -566,10 +660,7 @@ fn on_its_worker_the_link_switches_paths() {
                 .unwrap();
             guest.tx.send(&one);
             while counters.now().tx_dropped <= u64::from(round) {
-                guest::wait_readable(
-                    [guest.tx.call.as_raw_fd()],
-                    std::time::Duration::from_secs(5),
-                );
+                guest::wait_readable([guest.tx.call.as_raw_fd()], Duration::from_secs(5));
                 let _interrupt = guest.tx.call.read();
             }
             worker

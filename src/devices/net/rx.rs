@@ -12,7 +12,7 @@ use virtio_bindings::virtio_net::{
 };
 use vm_memory::{Bytes, GuestAddress};
 
-use super::Budget;
+use super::active::{Budget, kick_again};
 use super::counters::Counters;
 use super::frame::{self, HEADER_BYTES, MAX_FRAME_BYTES, NUM_BUFFERS_OFFSET};
 use super::tap::{GuestIovecs, Received, Tap};
@@ -83,7 +83,7 @@ impl Rx {
         self.queue.disable_kicks(memory)?;
         loop {
             if budget.is_spent() {
-                super::kick_again(&self.queue);
+                kick_again(&self.queue);
                 break;
             }
             if !self.hold_enough(memory, &mut pieces)? {

@@ -156,18 +156,23 @@ impl Tap {
             iov_len: spill.len(),
         });
         let count = libc::c_int::try_from(pieces.raw.len()).unwrap_or(libc::c_int::MAX);
-        // SAFETY: `GuestIovecs` borrows the mapping its pieces lie in, and `spill` is borrowed
-        // for this call. The guest may write its own pieces meanwhile: only the kernel does too.
-        let read = unsafe { libc::readv(self.fd(), pieces.raw.as_ptr(), count) };
-        let error = io::Error::last_os_error();
+        let received = loop {
+            // SAFETY: `GuestIovecs` borrows the mapping its pieces lie in, and `spill` is borrowed
+            // for this call. The guest may write its own pieces meanwhile: so does the kernel.
+            let read = unsafe { libc::readv(self.fd(), pieces.raw.as_ptr(), count) };
+            if let Ok(bytes) = usize::try_from(read) {
+                break Ok(Received::Bytes(bytes));
+            }
+            let error = io::Error::last_os_error();
+            match error.raw_os_error() {
+                // Only an empty TAP makes another edge.
+                Some(libc::EINTR) => {}
+                Some(libc::EAGAIN) => break Ok(Received::Nothing),
+                _ => break Err(HostFault::new("read a frame from the TAP", error)),
+            }
+        };
         pieces.raw.pop();
-        match usize::try_from(read) {
-            Ok(bytes) => Ok(Received::Bytes(bytes)),
-            Err(_negative) => match error.raw_os_error() {
-                Some(libc::EAGAIN | libc::EINTR) => Ok(Received::Nothing),
-                _ => Err(HostFault::new("read a frame from the TAP", error)),
-            },
-        }
+        received
     }
 
     /// Sends one frame: `header` is the checked copy, and the guest's pieces begin with the
@@ -206,9 +211,9 @@ impl Tap {
         // The kernel drops what does not fit.
         let mut start = [0_u8; 64];
         for done in 0..frames {
-            match rustix::io::read(&self.file, &mut start) {
+            match rustix::io::retry_on_intr(|| rustix::io::read(&self.file, &mut start)) {
                 Ok(_bytes) => {}
-                Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => return Ok((done, true)),
+                Err(rustix::io::Errno::AGAIN) => return Ok((done, true)),
                 Err(e) => return Err(HostFault::new("read a frame from the TAP", e.into())),
             }
         }

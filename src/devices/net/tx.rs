@@ -6,10 +6,11 @@
 
 use vm_memory::Bytes;
 
+use super::Link;
+use super::active::{Budget, kick_again};
 use super::counters::Counters;
 use super::frame::{self, HEADER_BYTES};
 use super::tap::{GuestIovecs, Sent, Tap};
-use super::{Budget, Link};
 use crate::devices::fault::{Fault, GuestFault};
 use crate::devices::queue::{Segment, read_segments};
 use crate::devices::{Chain, GuestMemory, RunningQueue};
@@ -51,7 +52,7 @@ impl Tx {
             }
             self.queue.signal(memory)?;
             if budget.is_spent() {
-                super::kick_again(&self.queue);
+                kick_again(&self.queue);
                 return Ok(());
             }
             if !self.queue.enable_kicks(memory)? {

@@ -6,7 +6,6 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
 use vhost::net::VhostNet;
@@ -53,7 +52,6 @@ pub(super) struct Vhost {
     kernel: KernelNet<Arc<GuestMemory>>,
     /// Rings the kernel was told of.
     set_up: [bool; 2],
-    error: EventFd,
 }
 
 impl std::fmt::Debug for Vhost {
@@ -65,11 +63,13 @@ impl std::fmt::Debug for Vhost {
 }
 
 impl Vhost {
-    /// Describes memory and rings to the kernel; nothing moves yet.
+    /// Describes memory and rings to the kernel; nothing moves yet. `error` is signalled when it
+    /// meets a ring that it cannot follow.
     pub fn prepare(
         memory: &GuestMemory,
         features: u64,
         rings: [Option<&RunningQueue>; 2],
+        error: &EventFd,
     ) -> Result<Self, VhostError> {
         let kernel = KernelNet::new(Arc::new(memory.clone())).map_err(call("open vhost-net"))?;
         kernel.set_owner().map_err(call("own vhost-net"))?;
@@ -83,11 +83,10 @@ impl Vhost {
         let mut vhost = Self {
             kernel,
             set_up: [false; 2],
-            error: event_fd()?,
         };
         for (index, ring) in rings.into_iter().enumerate() {
             if let Some(ring) = ring {
-                vhost.set_up_ring(index, ring)?;
+                vhost.set_up_ring(index, ring, error)?;
             }
             if let Some(set_up) = vhost.set_up.get_mut(index) {
                 *set_up = ring.is_some();
@@ -96,7 +95,12 @@ impl Vhost {
         Ok(vhost)
     }
 
-    fn set_up_ring(&self, index: usize, ring: &RunningQueue) -> Result<(), VhostError> {
+    fn set_up_ring(
+        &self,
+        index: usize,
+        ring: &RunningQueue,
+        error: &EventFd,
+    ) -> Result<(), VhostError> {
         let state = ring.state();
         let kernel = &self.kernel;
         kernel
@@ -120,13 +124,13 @@ impl Vhost {
             )
             .map_err(call("set a vhost ring's address"))?;
         kernel
-            .set_vring_err(index, &self.error)
+            .set_vring_err(index, error)
             .map_err(call("set a vhost ring's error event"))?;
         let interrupt = ring.interrupt().event_fd();
         match interrupt {
             Some(fd) => kernel.set_vring_call(index, fd),
             // No vector: the kernel keeps its own reference to a descriptor nobody reads.
-            None => kernel.set_vring_call(index, &event_fd()?),
+            None => kernel.set_vring_call(index, &nobody()?),
         }
         .map_err(call("set a vhost ring's interrupt"))?;
         kernel
@@ -167,18 +171,13 @@ impl Vhost {
         }
         positions
     }
-
-    /// Readable once the kernel met a ring it cannot follow.
-    pub fn error_fd(&self) -> RawFd {
-        self.error.as_raw_fd()
-    }
 }
 
 fn call(act: &'static str) -> impl Fn(vhost::Error) -> VhostError {
     move |source| VhostError::Call { act, source }
 }
 
-fn event_fd() -> Result<EventFd, VhostError> {
+fn nobody() -> Result<EventFd, VhostError> {
     EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(VhostError::EventFd)
 }
 

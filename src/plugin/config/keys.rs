@@ -1,0 +1,291 @@
+//! The keys of `plugin_config`: the one table that parsing, defaults, errors and the reference in
+//! `docs/CONFIG.md` come from.
+
+use std::net::Ipv4Addr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use super::kind::Kind;
+use crate::image::PrebuildOnError;
+use crate::net::{AllowHost, AllowPrivate, Subnet};
+use crate::pool::VmmKind;
+use crate::pool::keys::SshKeyType;
+
+/// One key of `plugin_config`.
+pub(super) struct Key {
+    pub(super) name: &'static str,
+    pub(super) kind: Kind,
+    pub(super) default: Default,
+    /// Whether another value needs another build of the image.
+    pub(super) rebuilds: bool,
+    /// For the reference: one sentence, Markdown. A key without is for tests and not in it.
+    pub(super) meaning: &'static str,
+}
+
+/// What an absent key means.
+pub(super) enum Default {
+    /// This, as JSON.
+    Is(&'static str),
+    /// Found out later; the words are for the reference.
+    Found(&'static str),
+    /// The key may not be absent.
+    Required,
+}
+
+/// The values of all keys. Empty until the table's defaults and then the operator's values have
+/// been applied.
+#[derive(Debug, Clone, PartialEq, std::default::Default)]
+pub(super) struct Draft {
+    pub(super) image: Option<PathBuf>,
+    pub(super) disk_directory: PathBuf,
+    pub(super) disk_gib: u32,
+    pub(super) vcpus: u32,
+    pub(super) memory_mib: u32,
+    pub(super) memory_overcommit: f64,
+    pub(super) group: Option<String>,
+    pub(super) subnet: Option<Subnet>,
+    pub(super) egress_interface: Option<String>,
+    pub(super) dns: Vec<Ipv4Addr>,
+    pub(super) allow_private: Vec<AllowPrivate>,
+    pub(super) allow_host: Vec<AllowHost>,
+    pub(super) extra_commands: Vec<String>,
+    pub(super) on_command_error: PrebuildOnError,
+    pub(super) runner: Option<PathBuf>,
+    pub(super) keep_consoles: bool,
+    pub(super) build_timeout: Duration,
+    pub(super) boot_timeout: Duration,
+    pub(super) ssh_key_type: SshKeyType,
+    pub(super) vmm: VmmKind,
+}
+
+/// Every key, in the order of the reference.
+pub(super) const KEYS: &[Key] = &[
+    Key {
+        name: "vm_image",
+        kind: Kind::File(|draft, path| draft.image = Some(path)),
+        default: Default::Required,
+        rebuilds: true,
+        meaning: "The vendor's cloud image: a local qcow2 or raw file. Its content counts, not its name.",
+    },
+    Key {
+        name: "vm_num_cpu_cores",
+        kind: Kind::Integer(1..=64, |draft, n| draft.vcpus = n),
+        default: Default::Is("2"),
+        rebuilds: false,
+        meaning: "vCPUs of a machine; at most four times the host's.",
+    },
+    Key {
+        name: "vm_memory_mb",
+        kind: Kind::Integer(256..=4_194_304, |draft, n| draft.memory_mib = n),
+        default: Default::Is("4096"),
+        rebuilds: false,
+        meaning: "Memory of a machine, in MiB.",
+    },
+    Key {
+        name: "vm_disk_size_gb",
+        kind: Kind::Integer(2..=65_536, |draft, n| draft.disk_gib = n),
+        default: Default::Is("30"),
+        rebuilds: true,
+        meaning: "Disk of a machine, in GiB; at least the image's own size. Only what is written takes room.",
+    },
+    Key {
+        name: "vm_disk_directory",
+        kind: Kind::Path(|draft, path| draft.disk_directory = path),
+        default: Default::Is(r#""/var/lib/fleetingd""#),
+        rebuilds: false,
+        meaning: "Where images, consoles and the machines' disks lie; several pools may share it.",
+    },
+    Key {
+        name: "vm_subnet",
+        kind: Kind::Text(
+            "`a.b.c.` or a CIDR network from /8 to /29",
+            |draft, text| {
+                let subnet: Subnet = text.parse()?;
+                if !(8..=29).contains(&subnet.prefix()) {
+                    return Err(String::new());
+                }
+                draft.subnet = Some(subnet);
+                Ok(())
+            },
+        ),
+        default: Default::Is(r#""172.16.120.""#),
+        rebuilds: false,
+        meaning: "The machines' addresses: each takes a /30 of it, one more is for the build. `a.b.c.` is a /24 and holds 63 machines.",
+    },
+    Key {
+        name: "egress_interface",
+        kind: Kind::Text(
+            "the name of an interface, 1 to 15 characters",
+            |draft, text| {
+                let fits = (1..=15).contains(&text.len());
+                let plain = text.bytes().all(|b| b.is_ascii_graphic() && b != b'/');
+                if !fits || !plain {
+                    return Err(String::new());
+                }
+                draft.egress_interface = Some(text.to_owned());
+                Ok(())
+            },
+        ),
+        default: Default::Found("that of the default route"),
+        rebuilds: false,
+        meaning: "The interface by which machines reach the world.",
+    },
+    Key {
+        name: "vm_prebuild_cloudinit_extra_cmds",
+        kind: Kind::List(
+            "strings, each an item of cloud-init's `runcmd` as YAML",
+            |draft, text| {
+                draft.extra_commands.push(text.to_owned());
+                Ok(())
+            },
+        ),
+        default: Default::Is("[]"),
+        rebuilds: true,
+        meaning: "Commands that finish the image, run once in order as one shell script. Each is a YAML item: a plain or quoted scalar or a flow list.",
+    },
+    Key {
+        name: "prebuild_on_error",
+        kind: Kind::Text("`fail` or `continue`", |draft, text| {
+            draft.on_command_error = match text {
+                "fail" => PrebuildOnError::Fail,
+                "continue" => PrebuildOnError::Continue,
+                _ => return Err(String::new()),
+            };
+            Ok(())
+        }),
+        default: Default::Is(r#""fail""#),
+        rebuilds: true,
+        meaning: "What a failing one of these commands does to the build.",
+    },
+    Key {
+        name: "vm_enable_virtio_console",
+        kind: Kind::Flag(|draft, on| draft.keep_consoles = on),
+        default: Default::Is("false"),
+        rebuilds: false,
+        meaning: "Whether each machine's console is kept in `.instance_data` below `vm_disk_directory`; the build's always is.",
+    },
+    Key {
+        name: "vm_runner_binary",
+        kind: Kind::File(|draft, path| draft.runner = Some(path)),
+        default: Default::Found(
+            "the gitlab-runner that started the plugin, else its vendor's package",
+        ),
+        rebuilds: true,
+        meaning: "The gitlab-runner executable that machines get, for artifacts and caches.",
+    },
+    Key {
+        name: "group_name",
+        kind: Kind::Text(
+            "a lower-case letter and up to 15 lower-case letters or digits",
+            |draft, text| {
+                let lower = |b: u8| b.is_ascii_lowercase();
+                let named = text.bytes().next().is_some_and(lower)
+                    && text.len() <= 16
+                    && text.bytes().all(|b| lower(b) || b.is_ascii_digit());
+                if !named {
+                    return Err(String::new());
+                }
+                draft.group = Some(text.to_owned());
+                Ok(())
+            },
+        ),
+        default: Default::Found("`fleetingd` and the first free number of the host"),
+        rebuilds: false,
+        meaning: "Begins the names of the machines; one process of a host at a time may use it.",
+    },
+    Key {
+        name: "vm_dns",
+        kind: Kind::List("IPv4 addresses", |draft, text| {
+            draft.dns.push(text.parse().map_err(|_bad| String::new())?);
+            Ok(())
+        }),
+        default: Default::Is("[]"),
+        rebuilds: false,
+        meaning: "Name servers of the machines, allowed by themselves; empty: the host's upstream resolvers.",
+    },
+    Key {
+        name: "allow_private",
+        kind: Kind::List("`CIDR` or `tcp/PORT@CIDR`", |draft, text| {
+            draft.allow_private.push(text.parse()?);
+            Ok(())
+        }),
+        default: Default::Is("[]"),
+        rebuilds: false,
+        meaning: "Private networks that machines may reach; all others are dropped.",
+    },
+    Key {
+        name: "allow_host",
+        kind: Kind::List("`tcp/PORT` or `udp/PORT`", |draft, text| {
+            draft.allow_host.push(text.parse()?);
+            Ok(())
+        }),
+        default: Default::Is("[]"),
+        rebuilds: false,
+        meaning: "Ports of the host that machines may reach; all others are dropped.",
+    },
+    Key {
+        name: "memory_overcommit",
+        kind: Kind::Number(1.0..=16.0, |draft, n| draft.memory_overcommit = n),
+        default: Default::Is("2.0"),
+        rebuilds: false,
+        meaning: "How many bytes of guest memory may be promised for each of the host's.",
+    },
+    Key {
+        name: "image_build_timeout",
+        kind: Kind::Duration(|draft, time| draft.build_timeout = time),
+        default: Default::Is(r#""30m""#),
+        rebuilds: false,
+        meaning: "How long a build of the image may take.",
+    },
+    Key {
+        name: "boot_timeout",
+        kind: Kind::Duration(|draft, time| draft.boot_timeout = time),
+        default: Default::Is(r#""5m""#),
+        rebuilds: false,
+        meaning: "How long a machine may take until it is ready, counted from the moment an image is there.",
+    },
+    Key {
+        name: "ssh_key_type",
+        kind: Kind::Text("`ed25519` or `ecdsa-p256`", |draft, text| {
+            draft.ssh_key_type = match text {
+                "ed25519" => SshKeyType::Ed25519,
+                "ecdsa-p256" => SshKeyType::EcdsaP256,
+                _ => return Err(String::new()),
+            };
+            Ok(())
+        }),
+        default: Default::Is(r#""ed25519""#),
+        rebuilds: false,
+        meaning: "Kind of the key that each machine gets for the login, and of its host key.",
+    },
+    Key {
+        name: "vm_isolation",
+        kind: Kind::Text("`thread`", |_draft, text| match text {
+            "thread" => Ok(()),
+            _ => Err(String::new()),
+        }),
+        default: Default::Is(r#""thread""#),
+        rebuilds: false,
+        meaning: "What keeps machines apart inside the plugin.",
+    },
+    #[cfg(feature = "test-vmm")]
+    Key {
+        name: "vmm",
+        kind: Kind::Text("`embedded`, `fake` or `fake:DURATION`", |draft, text| {
+            draft.vmm = match (text, text.strip_prefix("fake:")) {
+                ("embedded", _) => VmmKind::Embedded,
+                ("fake", _) => VmmKind::Fake {
+                    boot: Duration::ZERO,
+                },
+                (_, Some(boot)) => VmmKind::Fake {
+                    boot: super::kind::parse_duration(boot).ok_or_else(String::new)?,
+                },
+                _ => return Err(String::new()),
+            };
+            Ok(())
+        }),
+        default: Default::Is(r#""embedded""#),
+        rebuilds: false,
+        meaning: "",
+    },
+];

@@ -1,0 +1,227 @@
+//! Log lines in the form that go-plugin reads from stderr: one JSON object a line.
+//!
+//! The host parses `@message`, `@level` and `@timestamp` by type (a wrong type panics it), shows
+//! every other key as a field, and cannot parse lines of 64 KiB and more. Text that is no JSON is
+//! shown at its debug level only, so panics are told as log lines too. Any thread may log; one line
+//! is one write.
+
+use std::error::Error;
+use std::fmt::{self, Write as _};
+use std::io::{self, IsTerminal, Write};
+use std::panic;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use serde_json::{Map, Value};
+use tracing::field::{Field, Visit};
+use tracing::{Event, Level, Subscriber};
+use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
+use tracing_subscriber::{EnvFilter, Registry};
+
+/// Overrides which lines are written, in `tracing-subscriber`'s syntax.
+pub const FILTER_VARIABLE: &str = "FLEETINGD_LOG";
+
+/// The host filters by level itself.
+const DEFAULT_FILTER: &str = "warn,fleetingd=debug";
+
+/// Below the 64 KiB that the host reads as one line.
+const MAX_LINE_BYTES: usize = 60_000;
+
+/// What is left of the message of a line that would be too long: at six bytes for each escaped
+/// character it fits.
+const SHORT_MESSAGE_CHARS: usize = 8_000;
+
+/// How lines look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Style {
+    /// For go-plugin.
+    Json,
+    /// For people.
+    Text,
+}
+
+/// Starts logging to stderr, in JSON for a host and in plain text for a terminal without one. Only
+/// the first call of a process counts.
+pub fn start(host: bool) {
+    let style = if !host && io::stderr().is_terminal() {
+        Style::Text
+    } else {
+        Style::Json
+    };
+    let filter = std::env::var(FILTER_VARIABLE)
+        .ok()
+        .and_then(|text| EnvFilter::try_new(text).ok())
+        .unwrap_or_else(|| EnvFilter::new(DEFAULT_FILTER));
+    let lines = Lines {
+        style,
+        write: |line: &str| {
+            // Nobody is left to tell.
+            let _gone = io::stderr().lock().write_all(line.as_bytes());
+        },
+    };
+    let subscriber = Registry::default().with(filter).with(lines);
+    if tracing::subscriber::set_global_default(subscriber).is_ok() {
+        panic::set_hook(Box::new(|info| {
+            let place = info.location().map(ToString::to_string);
+            let reason = info
+                .payload_as_str()
+                .unwrap_or("a value that is not a string");
+            let thread = std::thread::current();
+            tracing::error!(
+                place,
+                thread = thread.name(),
+                "panicked: {reason}; hint: this is a bug, please report it"
+            );
+        }));
+    }
+}
+
+/// Formats events as lines and hands each whole line on.
+struct Lines<W> {
+    style: Style,
+    write: W,
+}
+
+impl<S: Subscriber, W: Fn(&str) + Send + Sync + 'static> Layer<S> for Lines<W> {
+    fn on_event(&self, event: &Event<'_>, _context: Context<'_, S>) {
+        let mut fields = Fields::default();
+        event.record(&mut fields);
+        let meta = event.metadata();
+        let since = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default();
+        let line = match self.style {
+            Style::Json => json_line(*meta.level(), meta.target(), since, fields),
+            Style::Text => text_line(*meta.level(), fields),
+        };
+        (self.write)(&line);
+    }
+}
+
+#[derive(Debug, Default)]
+struct Fields {
+    message: String,
+    others: Map<String, Value>,
+}
+
+impl Fields {
+    fn put(&mut self, field: &Field, value: Value) {
+        // go-plugin's own keys begin with an @, which no field of ours does.
+        self.others
+            .insert(field.name().trim_start_matches('@').to_owned(), value);
+    }
+}
+
+impl Visit for Fields {
+    fn record_f64(&mut self, field: &Field, value: f64) {
+        self.put(field, Value::from(value));
+    }
+
+    fn record_i64(&mut self, field: &Field, value: i64) {
+        self.put(field, Value::from(value));
+    }
+
+    fn record_u64(&mut self, field: &Field, value: u64) {
+        self.put(field, Value::from(value));
+    }
+
+    fn record_bool(&mut self, field: &Field, value: bool) {
+        self.put(field, Value::from(value));
+    }
+
+    fn record_str(&mut self, field: &Field, value: &str) {
+        match field.name() {
+            "message" => value.clone_into(&mut self.message),
+            _ => self.put(field, Value::from(value)),
+        }
+    }
+
+    fn record_error(&mut self, field: &Field, value: &(dyn Error + 'static)) {
+        let mut text = value.to_string();
+        let mut cause = value.source();
+        while let Some(error) = cause {
+            let _infallible = write!(text, ": {error}");
+            cause = error.source();
+        }
+        self.put(field, Value::from(text));
+    }
+
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        self.record_str(field, &format!("{value:?}"));
+    }
+}
+
+fn json_line(level: Level, target: &str, since_epoch: Duration, fields: Fields) -> String {
+    let Fields {
+        message,
+        others: mut line,
+    } = fields;
+    let short: String = message.chars().take(SHORT_MESSAGE_CHARS).collect();
+    let frame = [
+        ("@level", level.as_str().to_ascii_lowercase()),
+        ("@module", target.replace("::", ".")),
+        ("@timestamp", timestamp(since_epoch)),
+        ("@message", message),
+    ];
+    line.extend(frame.map(|(key, value)| (key.to_owned(), Value::from(value))));
+    let mut text = Value::Object(line.clone()).to_string();
+    if text.len() > MAX_LINE_BYTES {
+        line.retain(|key, _value| key.starts_with('@'));
+        line.insert("@message".to_owned(), Value::from(short));
+        line.insert("truncated".to_owned(), Value::from(true));
+        text = Value::Object(line).to_string();
+    }
+    text.push('\n');
+    text
+}
+
+fn text_line(level: Level, fields: Fields) -> String {
+    let mut line = format!("{:5} {}", level.as_str(), fields.message);
+    for (key, value) in fields.others {
+        let _infallible = write!(line, " {key}={value}");
+    }
+    line.push('\n');
+    line
+}
+
+/// `2006-01-02T15:04:05.000000Z`: always six decimals.
+fn timestamp(since_epoch: Duration) -> String {
+    const DAY_SECONDS: u64 = 24 * 60 * 60;
+    let seconds = since_epoch.as_secs();
+    let (year, month, day) = civil_date(seconds / DAY_SECONDS);
+    let of_day = seconds % DAY_SECONDS;
+    format!(
+        "{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}.{:06}Z",
+        of_day / 3600,
+        of_day / 60 % 60,
+        of_day % 60,
+        since_epoch.subsec_micros()
+    )
+}
+
+/// Year, month and day of a day counted from 1970-01-01, in the Gregorian calendar.
+fn civil_date(mut day: u64) -> (u64, u64, u64) {
+    let leap = |year: u64| year % 4 == 0 && (year % 100 != 0 || year % 400 == 0);
+    let mut year = 1970;
+    loop {
+        let days = if leap(year) { 366 } else { 365 };
+        if day < days {
+            break;
+        }
+        day -= days;
+        year += 1;
+    }
+    let february = if leap(year) { 29 } else { 28 };
+    let mut month = 1;
+    for days in [31, february, 31, 30, 31, 30, 31, 31, 30, 31, 30] {
+        if day < days {
+            break;
+        }
+        day -= days;
+        month += 1;
+    }
+    (year, month, day + 1)
+}
+
+#[cfg(test)]
+#[path = "log_test.rs"]
+mod tests;

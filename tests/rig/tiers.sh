@@ -1,0 +1,105 @@
+# ./dev test: every tier, its minutes, and one line that sums what the runners reported.
+# shellcheck shell=bash
+
+TIERS=(format lint unit fleeting guest)
+# The whole command on two cores, builds included.
+BUDGET_MINUTES=45
+
+tier_format() { cargo fmt --check; }
+
+tier_lint() { cargo clippy --all-targets -- -D warnings; }
+
+# Unit, device, network-namespace and micro-guest tests: all but the targets that need the rig.
+tier_unit() {
+    local targets=() file
+    for file in tests/*.rs tests/*/main.rs; do
+        file=${file%/main.rs} file=${file##*/} file=${file%.rs}
+        [[ $file == '*' || " ${RIG_TARGETS[*]} " == *" $file "* ]] || targets+=(--test "$file")
+    done
+    cargo test --config "$(runner "${AS_ROOT[@]}")" --no-fail-fast --lib --bins "${targets[@]}"
+}
+
+# GitLab's own library against the executable. One static binary, so that it runs in the rig.
+tier_fleeting() {
+    need_go && cargo build && (cd tests/fleeting && CGO_ENABLED=0 go test -c -o "$RIG/fleeting.test" . \
+        && "$ROOT/dev" rig "$RIG/fleeting.test" -test.v -test.timeout=40m)
+}
+
+tier_guest() { rig_cargo test --no-fail-fast --test guest; }
+
+# Targets of cargo that run in the rig.
+RIG_TARGETS=(guest soak)
+
+# runner WORD...: cargo's setting that starts test programs by a command.
+runner() {
+    local words
+    words=$(printf '"%s",' "$@")
+    printf 'target.%s.runner=[%s]\n' "$MUSL" "${words%,}"
+}
+
+# rig_cargo ARGUMENTS...: cargo builds here and what it built runs in the rig.
+rig_cargo() {
+    cargo build && cargo "$1" --config "$(runner "$ROOT/dev" rig)" "${@:2}"
+}
+
+# What the programs of a test find in their environment.
+test_environment() {
+    export FLEETINGD_BIN=$BIN FLEETINGD_PLUGIN=$BIN
+    export FLEETINGD_GUEST_DIR=$RIG/guest FLEETINGD_GUEST_DIR_NEW=$RIG/guest13
+    export FLEETINGD_TOOLS=$RIG/tools.ext4 FLEETINGD_IMAGES=$RIG/images
+}
+
+# run_tests [--without TIER]...
+run_tests() {
+    local without=() tier log lines=() passed=0 failed=0 start code
+    while (($#)); do
+        [[ $1 == --without && " ${TIERS[*]} " == *" ${2:-} "* ]] || die "unknown argument: $*; hint: --without TIER, one of ${TIERS[*]}"
+        without+=("$2")
+        shift 2
+    done
+    setup
+    rig_files
+    images
+    test_environment
+    mkdir -p "$RIG/test"
+    lines+=("$(minutes "$SECONDS") setup")
+    for tier in "${TIERS[@]}"; do
+        if [[ " ${without[*]} " == *" $tier "* ]]; then
+            say "NOT RUN: $tier (--without $tier)"
+            lines+=("      - $tier: NOT RUN")
+            continue
+        fi
+        say "tier $tier"
+        log=$RIG/test/$tier.log start=$SECONDS code=0
+        "tier_$tier" </dev/null 2>&1 | tee "$log" || code=1
+        count_tests "$tier" "$log" "$code"
+        lines+=("$(minutes $((SECONDS - start))) $tier: $TIER_PASSED passed, $TIER_FAILED failed")
+        passed=$((passed + TIER_PASSED)) failed=$((failed + TIER_FAILED))
+    done
+    printf '\nminutes\n'
+    printf '%s\n' "${lines[@]}" "$(minutes "$SECONDS") of $BUDGET_MINUTES"
+    if ((SECONDS > BUDGET_MINUTES * 60)); then
+        say "over the budget of $BUDGET_MINUTES minutes"
+        failed=$((failed + 1))
+    fi
+    printf '%d passed, %d failed\n' "$passed" "$failed"
+    ((failed == 0))
+}
+
+minutes() { awk -v s="$1" 'BEGIN { printf "%7.1f", s / 60 }'; }
+
+# count_tests TIER LOG CODE: sets TIER_PASSED and TIER_FAILED from the lines of cargo's and Go's
+# runners. A command that failed without a failed test counts as one, and so does a tier of tests
+# in which none ran.
+count_tests() {
+    local tier=$1 log=$2 code=$3 skipped
+    read -r TIER_PASSED TIER_FAILED skipped < <(awk '
+        /^test result: / { passed += $4; failed += $6; skipped += $8 }
+        /^--- PASS: / { passed++ }
+        /^--- FAIL: / { failed++ }
+        /^--- SKIP: / { skipped++ }
+        END { print passed + 0, failed + 0, skipped + 0 }' "$log")
+    if ((skipped)); then say "tier $tier: $skipped tests SKIPPED, see $log"; fi
+    case $tier in format | lint) ;; *) ((TIER_PASSED)) || code=1 ;; esac
+    if ((code && !TIER_FAILED)); then TIER_FAILED=1; fi
+}
