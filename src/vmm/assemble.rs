@@ -134,6 +134,7 @@ pub(super) fn assemble(spec: &mut VmSpec, wiring: &Wiring<'_>) -> Result<Assembl
         pci: builder.bus,
         uart: Mutex::new(uart),
         events: Events::new(irqs.pin(layout::GED_IRQ)?),
+        ram: layout::ram_ranges(u64::from(spec.memory_mib) << 20),
     };
     Ok(Assembled {
         platform: Arc::new(platform),

@@ -70,6 +70,8 @@ pub struct Platform {
     /// The lock is held for one register access; the supervisor takes it for typed bytes.
     pub uart: Mutex<Uart>,
     pub events: Events,
+    /// RAM as start and length: an access to it that comes here is one that the host lost.
+    pub ram: Vec<(u64, u64)>,
 }
 
 impl Platform {
@@ -123,22 +125,36 @@ impl Platform {
         None
     }
 
-    /// A load from where there is no RAM.
-    pub fn read_memory(&self, address: u64, data: &mut [u8]) {
+    /// A load from where KVM sees no RAM.
+    pub fn read_memory(&self, address: u64, data: &mut [u8]) -> Option<VmEnd> {
         match window(address) {
             Some((Window::Bars, offset)) => self.pci.read_bar(offset, data),
             Some((Window::Ecam, offset)) => self.pci.read_ecam(offset, data),
-            None => data.fill(0xff),
+            None => {
+                data.fill(0xff);
+                return self.lost(address);
+            }
         }
+        None
     }
 
-    /// A store to where there is no RAM.
-    pub fn write_memory(&self, address: u64, data: &[u8]) {
+    /// A store to where KVM sees no RAM.
+    pub fn write_memory(&self, address: u64, data: &[u8]) -> Option<VmEnd> {
         match window(address) {
             Some((Window::Bars, offset)) => self.pci.write_bar(offset, data),
             Some((Window::Ecam, offset)) => self.pci.write_ecam(offset, data),
-            None => {}
+            None => return self.lost(address),
         }
+        None
+    }
+
+    /// KVM takes RAM that it can't reach for a device's.
+    fn lost(&self, address: u64) -> Option<VmEnd> {
+        let mut ram = self.ram.iter();
+        ram.any(|(start, bytes)| address.checked_sub(*start).is_some_and(|at| at < *bytes))
+            .then(|| VmEnd::HostFault {
+                reason: format!("guest memory at {address:#x} was lost"),
+            })
     }
 }
 

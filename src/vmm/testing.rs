@@ -4,6 +4,7 @@ use std::io::Write;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
+use super::vm::OnEnd;
 use super::{KernelSource, StartError, VmEnd, VmHandle, VmSpec, layout, start};
 
 /// Where a tiny guest's code is loaded and entered.
@@ -158,6 +159,14 @@ impl Running {
 }
 
 pub fn try_run(spec: VmSpec) -> Result<Running, StartError> {
+    run_by(spec, start)
+}
+
+/// Starts a machine by a way of the caller's.
+pub fn run_by(
+    spec: VmSpec,
+    start: impl FnOnce(VmSpec, OnEnd) -> Result<VmHandle, StartError>,
+) -> Result<Running, StartError> {
     let (sender, ended) = channel();
     let KernelSource::Path(path) = spec.kernel.clone();
     let started = start(spec, Box::new(move |end| sender.send(end).unwrap()));

@@ -107,14 +107,8 @@ fn run(vcpu: &mut VcpuFd, index: u8, shared: &Shared) -> Option<VmEnd> {
     let platform = &shared.platform;
     loop {
         let end = match kickable.vcpu().run() {
-            Ok(VcpuExit::MmioWrite(address, data)) => {
-                platform.write_memory(address, data);
-                None
-            }
-            Ok(VcpuExit::MmioRead(address, data)) => {
-                platform.read_memory(address, data);
-                None
-            }
+            Ok(VcpuExit::MmioWrite(address, data)) => platform.write_memory(address, data),
+            Ok(VcpuExit::MmioRead(address, data)) => platform.read_memory(address, data),
             Ok(VcpuExit::IoOut(port, data)) => platform.write_port(port, data),
             Ok(VcpuExit::IoIn(port, data)) => {
                 platform.read_port(port, data);

@@ -39,13 +39,24 @@ pub type OnEnd = Box<dyn FnOnce(VmEnd) + Send>;
 /// Starts a VM; blocks for as long as reading the kernel takes. `on_end` is called once, on the
 /// VM's own thread, after threads are joined, memory is unmapped and files are closed; it is not
 /// called where this fails.
-pub fn start(mut spec: VmSpec, on_end: OnEnd) -> Result<VmHandle, StartError> {
-    let timeline = Arc::new(Timeline::start());
+pub fn start(spec: VmSpec, on_end: OnEnd) -> Result<VmHandle, StartError> {
+    let timeline = Timeline::start();
     validate(&spec)?;
+    let memory = VmMemory::anonymous(spec.memory_mib)?;
+    start_in(memory, spec, timeline, on_end)
+}
+
+/// Starts a VM in `memory`.
+fn start_in(
+    memory: VmMemory,
+    mut spec: VmSpec,
+    timeline: Timeline,
+    on_end: OnEnd,
+) -> Result<VmHandle, StartError> {
+    let timeline = Arc::new(timeline);
     let kvm = kvm::open()?;
     check_vcpus(&kvm, spec.vcpus)?;
     kick::install().map_err(StartError::vm("install the signal of vCPUs"))?;
-    let memory = VmMemory::anonymous(spec.memory_mib)?;
     let entry = load(&spec, &memory)?;
     timeline.mark(BootPhase::Loaded);
     let vm = kvm::create_vm(&kvm).map_err(StartError::vm("create a KVM machine"))?;
@@ -168,10 +179,8 @@ fn create_vcpus(kvm: &Kvm, vm: &VmFd, count: u8, entry: &Entry) -> Result<Vec<Vc
 
 /// Whether the guest's `/dev/console`, its last `console=`, is the serial port.
 fn console_is_serial(cmdline: &str) -> bool {
-    let consoles = cmdline.split_whitespace();
-    let last = consoles
-        .filter_map(|word| word.strip_prefix("console="))
-        .last();
+    let mut words = cmdline.split_whitespace().rev();
+    let last = words.find_map(|word| word.strip_prefix("console="));
     last.is_some_and(|device| device.starts_with("ttyS"))
 }
 

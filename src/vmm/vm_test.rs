@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::*;
-use crate::vmm::testing::{Code, run, spec, try_run};
+use crate::vmm::testing::{Code, Running, run, run_by, spec, try_run};
 
 fn end_of(code: Code) -> VmEnd {
     run(spec(&code)).end()
@@ -113,4 +113,172 @@ fn timing_names_the_phases_in_order() {
     assert_eq!(names, expected);
     assert!(phases.iter().all(|(_, at)| *at < Duration::from_secs(30)));
     vm.end();
+}
+
+const RING: u64 = 0x20_0000;
+
+/// Sets up the entropy device, asks for 64 bytes, waits for them and powers off.
+fn ask_for_entropy() -> Code {
+    entropy_into(Code::new(), RING + 0x4000)
+}
+
+/// Goes on after `code` by asking for 64 bytes of entropy at `buffer`.
+fn entropy_into(code: Code, buffer: u64) -> Code {
+    let bar = layout::BAR_WINDOW + 4 * layout::BAR_SIZE;
+    let mut code = code.store16(layout::ECAM + (4 << 15) + 4, 6);
+    for status in [0, 1, 3] {
+        code = code.store8(bar + 20, status);
+    }
+    code = code.store32(bar + 8, 1).store32(bar + 12, 1);
+    code = code.store8(bar + 20, 11).store16(bar + 24, 8);
+    for (register, at) in [(32, 0), (40, 0x1000), (48, 0x2000)] {
+        let low = u32::try_from(RING + at).unwrap();
+        code = code
+            .store32(bar + register, low)
+            .store32(bar + register + 4, 0);
+    }
+    code = code.store16(bar + 28, 1).store8(bar + 20, 15);
+    let buffer = u32::try_from(buffer).unwrap();
+    for (at, value) in [(0, buffer), (4, 0), (8, 64), (12, 2), (0x1000, 0x1_0000)] {
+        code = code.store32(RING + at, value);
+    }
+    // mov edx, used index; cmp word [rdx], 1; jne to the compare
+    code.store16(bar + 0x3000, 0)
+        .raw(&[
+            0xba, 0x02, 0x20, 0x20, 0x00, 0x66, 0x83, 0x3a, 0x01, 0x75, 0xfa,
+        ])
+        .power_off()
+}
+
+#[test]
+fn a_guest_drives_a_virtio_queue_by_its_registers() {
+    let vm = run(spec(&ask_for_entropy()));
+    assert_eq!(vm.handle.wait(), VmEnd::PowerOff);
+    let phases = vm.handle.timing();
+    assert!(
+        phases
+            .iter()
+            .any(|(phase, _)| *phase == BootPhase::FirstDriver)
+    );
+    vm.end();
+}
+
+#[test]
+fn a_running_device_survives_pauses_at_any_moment() {
+    let vm = run(spec(&ask_for_entropy()));
+    while vm.handle.pause().is_ok() && vm.handle.resume().is_ok() {}
+    assert_eq!(vm.end(), VmEnd::PowerOff);
+}
+
+#[test]
+fn code_where_there_is_no_memory_is_an_internal_error_that_says_where() {
+    // mov eax, BAR window; jmp rax
+    let end = end_of(Code::new().raw(&[0xb8, 0x00, 0x00, 0x00, 0xd0, 0xff, 0xe0]));
+    let VmEnd::Internal { suberror, detail } = end else {
+        panic!("{end:?}");
+    };
+    assert_ne!(suberror, 0);
+    assert!(detail.contains("rip 0xd0000000"), "{detail}");
+}
+
+/// A machine whose memory is a private view of a file.
+fn run_in_file(code: &Code, file: &std::fs::File) -> Running {
+    file.set_len(64 << 20).unwrap();
+    let memory = VmMemory::private_file(64, file).unwrap();
+    run_by(spec(code), |spec, on_end| {
+        start_in(memory, spec, Timeline::start(), on_end)
+    })
+    .unwrap()
+}
+
+/// Where memory that gets lost begins, and an address in it.
+const LOST: u64 = 48 << 20;
+const KEPT: u64 = 32 << 20;
+
+/// Says that it is ready and waits for a key on the serial port.
+fn wait_for_key() -> Code {
+    // mov dx, LSR; in al, dx; test al, 1; jz to the in
+    let wait = [0x66, 0xba, 0xfd, 0x03, 0xec, 0xa8, 0x01, 0x74, 0xfb];
+    Code::new().print("ready").raw(&wait)
+}
+
+/// Runs `code` in a file that shrinks once it is ready, beside a neighbour that must not care.
+fn lose_memory_under(code: &Code) -> VmEnd {
+    let neighbour = run(spec(&Code::new().print("up").spin()));
+    let file = tempfile::tempfile().unwrap();
+    let vm = run_in_file(code, &file);
+    vm.wait_for("ready");
+    file.set_len(KEPT).unwrap();
+    vm.handle.console_input(b"x");
+    let end = vm.end();
+    neighbour.wait_for("up");
+    assert_eq!(neighbour.handle.end(), None);
+    neighbour.handle.kill();
+    assert_eq!(neighbour.end(), VmEnd::Killed);
+    end
+}
+
+#[test]
+fn memory_lost_under_a_device_is_a_host_fault_of_that_machine_only() {
+    let end = lose_memory_under(&entropy_into(wait_for_key(), LOST));
+    let VmEnd::HostFault { reason } = end else {
+        panic!("{end:?}");
+    };
+    assert!(reason.contains("SIGBUS"), "{reason}");
+}
+
+#[test]
+fn memory_lost_under_a_vcpu_ends_that_machine_only() {
+    // mov eax, [LOST]
+    let [a, b, c, d] = u32::try_from(LOST).unwrap().to_le_bytes();
+    let code = wait_for_key().raw(&[0x8b, 0x04, 0x25, a, b, c, d]);
+    let end = lose_memory_under(&code.power_off());
+    assert!(matches!(end, VmEnd::HostFault { .. }), "{end:?}");
+}
+
+#[test]
+fn a_thousand_register_accesses_and_string_io_of_any_length_end_well() {
+    // mov ecx, 4096; mov esi, code; mov dx, port; rep outsb: and the same for insb.
+    let mut code = Code::new();
+    for port in [
+        layout::COM1,
+        layout::SLEEP_PORT + 1,
+        layout::GED_PORT,
+        0xcf8,
+        0xcfc,
+        0x9999,
+    ] {
+        let [low, high] = port.to_le_bytes();
+        let start = [0xb9, 0, 0x10, 0, 0, 0xbe, 0, 0, 0, 1, 0x66, 0xba, low, high];
+        code = code.raw(&start).raw(&[0xf3, 0x6e]);
+        let start = [
+            0xb9, 0, 0x10, 0, 0, 0xbf, 0, 0, 0x30, 0, 0x66, 0xba, low, high,
+        ];
+        code = code.raw(&start).raw(&[0xf3, 0x6c]);
+    }
+    assert_eq!(end_of(code.power_off()), VmEnd::PowerOff);
+}
+
+/// Open descriptors and threads of this process.
+fn held() -> (usize, usize) {
+    let count = |dir| std::fs::read_dir(dir).unwrap().count();
+    (count("/proc/self/fd"), count("/proc/self/task"))
+}
+
+#[test]
+fn killed_at_any_moment_everything_is_given_back() {
+    let kill_after = |round: u64| {
+        let vm = run(spec(&ask_for_entropy().spin()));
+        std::thread::sleep(Duration::from_micros(round * 500));
+        vm.handle.kill();
+        let end = vm.end();
+        assert!(matches!(end, VmEnd::Killed | VmEnd::PowerOff), "{end:?}");
+    };
+    kill_after(0);
+    // Other tests run beside this one: what grows by every round would show all the same.
+    let before = held();
+    (0..50).for_each(kill_after);
+    let after = held();
+    assert!(after.0 < before.0 + 50, "descriptors: {before:?} {after:?}");
+    assert!(after.1 < before.1 + 50, "threads: {before:?} {after:?}");
 }

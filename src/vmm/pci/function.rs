@@ -312,7 +312,7 @@ impl Inner {
         let [bar] = self.config.get(self.window_at + WINDOW_BAR);
         let offset = u32::from_le_bytes(self.config.get(self.window_at + WINDOW_OFFSET));
         let length = u32::from_le_bytes(self.config.get(self.window_at + WINDOW_LENGTH));
-        let possible = matches!(length, 1 | 2 | 4) && offset % length == 0 && bar == 0;
+        let possible = matches!(length, 1 | 2 | 4) && offset.is_multiple_of(length) && bar == 0;
         possible.then_some((u64::from(offset), usize::try_from(length).ok()?))
     }
 

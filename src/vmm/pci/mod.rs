@@ -184,7 +184,7 @@ fn ecam(offset: u64, len: usize) -> Option<(usize, u16)> {
     let end = register.checked_add(u64::try_from(len).ok()?)?;
     let device_function = offset / ECAM_FUNCTION;
     let slot = usize::try_from(device_function / 8).ok()?;
-    let exists = device_function % 8 == 0 && slot < SLOTS && end <= ECAM_FUNCTION;
+    let exists = device_function.is_multiple_of(8) && slot < SLOTS && end <= ECAM_FUNCTION;
     exists.then_some((slot, u16::try_from(register).ok()?))
 }
 

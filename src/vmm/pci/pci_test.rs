@@ -1,12 +1,19 @@
 //! A driver, honest and hostile, at the bus: no vCPU, but a real KVM machine behind the wires.
 
+use std::sync::mpsc::channel;
+use std::time::Duration;
+
 use kvm_ioctls::VmFd;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use super::*;
 use crate::devices::entropy::Entropy;
 use crate::devices::transport::Transport;
-use crate::devices::worker::Worker;
+use crate::devices::worker::{OnHostFault, Worker};
+use crate::devices::{
+    Activation, ConfigSpace, DeviceKind, DeviceState, Fault, HostFault, Progress, Source,
+    VirtioDevice, WorkerThread,
+};
 use crate::vmm::irq::IrqRouter;
 use crate::vmm::kvm;
 use crate::vmm::memory::VmMemory;
@@ -26,16 +33,18 @@ struct Machine {
 
 /// A bus with an entropy device in slot 3.
 fn machine() -> Machine {
+    machine_with(
+        Box::new(Entropy::new()),
+        Arc::new(|fault| panic!("{fault:?}")),
+    )
+}
+
+fn machine_with(device: Box<dyn VirtioDevice>, on_fault: OnHostFault) -> Machine {
     let memory = VmMemory::anonymous(64).unwrap();
     let vm = Arc::new(kvm::create_vm(&kvm::open().unwrap()).unwrap());
     let irqs = IrqRouter::new(Arc::clone(&vm)).unwrap();
-    let worker = Worker::spawn("test", Arc::new(|fault| panic!("{fault:?}"))).unwrap();
-    let transport = Transport::new(
-        Box::new(Entropy::new()),
-        Arc::new(worker),
-        memory.guest().clone(),
-        Arc::new(|fault| panic!("{fault:?}")),
-    );
+    let worker = Arc::new(Worker::spawn("test", Arc::clone(&on_fault)).unwrap());
+    let transport = Transport::new(device, worker, memory.guest().clone(), on_fault);
     let ready: DriverReady = Arc::new(|_kind| {});
     let function = VirtioFunction::new(SLOT, transport, 1, &vm, &irqs, ready).unwrap();
     let mut bus = Bus::new();
@@ -345,4 +354,77 @@ fn a_slot_is_taken_once_and_the_bridge_keeps_its_own() {
     let function = Arc::clone(machine.bus.functions().next().unwrap());
     assert!(machine.bus.insert(function).is_err());
     assert!(machine.memory.guest().num_regions() == 1);
+}
+
+/// A device that panics as soon as it runs.
+struct Bomb(Arc<ConfigSpace>);
+
+impl VirtioDevice for Bomb {
+    fn kind(&self) -> DeviceKind {
+        DeviceKind::Entropy
+    }
+
+    fn features(&self) -> u64 {
+        0
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &[8]
+    }
+
+    fn config(&self) -> &Arc<ConfigSpace> {
+        &self.0
+    }
+
+    fn thread(&self) -> WorkerThread {
+        WorkerThread::Devices
+    }
+
+    fn activate(&mut self, _activation: Activation) -> Result<(), HostFault> {
+        panic!("bomb");
+    }
+
+    fn sources(&self) -> Vec<Source> {
+        Vec::new()
+    }
+
+    fn handle(
+        &mut self,
+        _token: u32,
+        _ready: vmm_sys_util::epoll::EventSet,
+    ) -> Result<Progress, Fault> {
+        Ok(Progress::Done)
+    }
+
+    fn deactivate(&mut self) -> Vec<Option<virtio_queue::QueueState>> {
+        vec![None]
+    }
+
+    fn save(&self) -> Result<DeviceState, HostFault> {
+        Ok(DeviceState::Entropy)
+    }
+
+    fn restore(&mut self, _state: DeviceState) -> Result<(), HostFault> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_device_that_panics_is_a_host_fault_and_the_bus_still_answers() {
+    let (sender, faults) = channel();
+    let on_fault: OnHostFault = Arc::new(move |fault: HostFault| {
+        sender.send(fault.to_string()).unwrap();
+    });
+    let config = Arc::new(ConfigSpace::new(Vec::new(), 0..0));
+    let machine = machine_with(Box::new(Bomb(config)), on_fault);
+    drive(&machine);
+    let fault = faults.recv_timeout(Duration::from_secs(10)).unwrap();
+    assert!(fault.contains("panicked"), "{fault}");
+    machine.bus.write_bar(BAR + 20, &[0]);
+    assert_eq!(machine.bar::<1>(20), [0]);
+    for function in machine.bus.functions() {
+        function.pause();
+        function.resume();
+        function.stop();
+    }
 }
