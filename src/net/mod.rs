@@ -67,10 +67,10 @@ impl Net {
     pub async fn open(spec: NetSpec, run_dir: &Path) -> Result<Self, Vec<NetError>> {
         let run_dir = RunDir::open(run_dir).map_err(|e| vec![e])?;
         let links = Links::connect().map_err(|e| vec![e])?;
-        let uplink = preflight(&spec, &links).await?;
+        let (uplink, tables) = preflight(&spec, &links).await?;
         let setup = async {
             let (number, table) = run_dir.lock_first("table.", 0..1024)?;
-            rules::remove_orphans(&run_dir, number).await?;
+            rules::remove_orphans(&run_dir, &tables, number).await?;
             let lan = links.connected_networks().await?;
             let rules = Rules::apply(&spec, &uplink, number, lan).await?;
             Ok((number, table, rules))
@@ -171,12 +171,17 @@ impl Net {
     }
 }
 
-/// What must hold before the first machine: each problem by itself, with its remedy.
-async fn preflight(spec: &NetSpec, links: &Links) -> Result<Uplink, Vec<NetError>> {
+/// What must hold before the first machine: each problem by itself, with its remedy. Returns the
+/// uplink and the nftables tables that are there.
+async fn preflight(spec: &NetSpec, links: &Links) -> Result<(Uplink, String), Vec<NetError>> {
     let mut problems = Vec::new();
-    if let Err(e) = rules::check_nft().await {
-        problems.push(e);
-    }
+    let tables = match rules::list_tables().await {
+        Ok(tables) => tables,
+        Err(e) => {
+            problems.push(e);
+            String::new()
+        }
+    };
     match std::fs::read_to_string("/proc/sys/net/ipv4/ip_forward") {
         Ok(text) if text.trim() == "1" => {}
         _ => problems.push(NetError::ForwardingOff),
@@ -203,11 +208,14 @@ async fn preflight(spec: &NetSpec, links: &Links) -> Result<Uplink, Vec<NetError
         named => Ok(named.to_vec()),
     };
     match (uplink, dns) {
-        (Some((interface, mtu)), Ok(dns)) if problems.is_empty() => Ok(Uplink {
-            interface,
-            mtu,
-            dns,
-        }),
+        (Some((interface, mtu)), Ok(dns)) if problems.is_empty() => {
+            let uplink = Uplink {
+                interface,
+                mtu,
+                dns,
+            };
+            Ok((uplink, tables))
+        }
         (_, Err(e)) => {
             problems.push(e);
             Err(problems)

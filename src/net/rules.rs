@@ -100,7 +100,7 @@ impl Rules {
 
     /// Puts everything back if the tables are gone; true if they were.
     pub async fn ensure(&mut self) -> Result<bool, NetError> {
-        let list = nft_output(&["list", "tables"]).await?;
+        let list = list_tables().await?;
         let line = format!("table inet {}", self.table);
         if list.lines().any(|l| l.trim() == line) {
             return Ok(false);
@@ -193,10 +193,9 @@ fn ingress_chain(table: &str, tap: &str, ingress: &Ingress) -> String {
     )
 }
 
-/// Removes tables whose process is gone: those whose number nobody holds.
-pub async fn remove_orphans(run: &RunDir, own: u32) -> Result<(), NetError> {
-    let list = nft_output(&["list", "tables"]).await?;
-    for line in list.lines() {
+/// Removes those of the listed tables whose process is gone: whose number nobody holds.
+pub async fn remove_orphans(run: &RunDir, tables: &str, own: u32) -> Result<(), NetError> {
+    for line in tables.lines() {
         let number = line
             .trim()
             .strip_prefix("table inet fleetingd_")
@@ -216,14 +215,10 @@ pub async fn remove_orphans(run: &RunDir, own: u32) -> Result<(), NetError> {
     Ok(())
 }
 
-/// Whether nft is there and may be used.
-pub async fn check_nft() -> Result<(), NetError> {
-    nft_output(&["list", "tables"]).await.map(|_tables| ())
-}
-
-async fn nft_output(args: &[&str]) -> Result<String, NetError> {
+/// The names of all tables, one a line; also the proof that nft is there and may be used.
+pub async fn list_tables() -> Result<String, NetError> {
     let output = Command::new("nft")
-        .args(args)
+        .args(["list", "tables"])
         .stdin(Stdio::null())
         .output()
         .await
