@@ -20,7 +20,6 @@ mod error;
 mod extract;
 mod generation;
 mod inputs;
-#[cfg(test)]
 mod outcome;
 mod partitions;
 mod seed;
