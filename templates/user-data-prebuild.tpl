@@ -90,11 +90,24 @@ write_files:
               snapd.seeded.service snapd.snap-repair.timer pollinate.service apport.service
               apport-autoreport.timer sshd-keygen.service systemd-networkd-wait-online.service
               NetworkManager-wait-online.service ifupdown-wait-online.service'
-          present=$(systemctl list-unit-files --no-legend --plain | cut -d' ' -f1)
-          # shellcheck disable=SC2086
-          units=$(printf '%s\n' $wanted | grep -xF "$present")
+          units=
+          for unit in $wanted; do
+              for place in /etc/systemd/system /usr/lib/systemd/system /lib/systemd/system; do
+                  if [ -e "$place/$unit" ]; then
+                      units="$units $unit"
+                      break
+                  fi
+              done
+          done
           # shellcheck disable=SC2086
           [ -z "$units" ] || timeout 120 systemctl mask --now $units
+      }
+
+      # Without a network apt waits for minutes; a proxy resolves names for us.
+      mirror_is_known() {
+          proxy=$(apt-config dump --format '%v' Acquire::http::Proxy Acquire::https::Proxy)
+          host=$(apt-get indextargets --format '$(SITE)' | sed -n '1s,^https*://\([^/:]*\).*,\1,p')
+          [ -n "$proxy" ] || [ -z "$host" ] || timeout 30 getent ahosts "$host" >/dev/null
       }
 
       packages() {
@@ -102,7 +115,7 @@ write_files:
               warn 'no apt-get: no packages were installed'
               return
           fi
-          if apt_get 300 update; then
+          if mirror_is_known && apt_get 300 update; then
               apt_get 1800 upgrade --with-new-pkgs || warn 'the package upgrade failed'
               apt_get 600 install --no-install-recommends git curl ca-certificates sudo
           else
@@ -132,7 +145,7 @@ write_files:
       install_agent() {
           install -D -m 0755 "$seed/fleetingd" /usr/local/lib/fleetingd/fleetingd &&
               install -m 0644 "$seed/fleetingd-agent.service" /etc/systemd/system/ &&
-              systemctl enable fleetingd-agent.service
+              systemctl --no-reload enable fleetingd-agent.service
       }
 
       set_up_sshd() {
@@ -180,10 +193,8 @@ write_files:
           rm -f /etc/systemd/network/10-cloud-init-*.network /etc/network/interfaces.d/*
           rm -f /etc/udev/rules.d/*cloud-ifupdown*.rules /etc/udev/rules.d/*persistent-net*.rules
           rm -f /etc/NetworkManager/system-connections/cloud-init-*
-          if [ -d /etc/network ]; then
+          [ ! -d /etc/network ] ||
               printf 'auto lo\niface lo inet loopback\n' >/etc/network/interfaces
-              systemctl mask networking.service ifupdown-pre.service
-          fi
           mkdir -p /etc/systemd/network /etc/systemd/networkd.conf.d
           printf '[Match]\nDriver=virtio_net\n[Link]\nUnmanaged=yes\n' \
               >/etc/systemd/network/00-fleetingd.network
@@ -194,10 +205,15 @@ write_files:
               printf '[keyfile]\nunmanaged-devices=driver:virtio_net\n' \
                   >/etc/NetworkManager/conf.d/fleetingd.conf
           fi
-          # A masked socket that the service requires would keep the service down as well.
-          systemctl disable ssh.socket sshd.socket ssh.service sshd.service
-          rm -rf /etc/systemd/system/ssh.service.requires
-          systemctl mask ssh.socket sshd.socket
+          # Masked and disabled by hand: systemctl would reload systemd and run update-rc.d for
+          # each, and nothing is started any more. A masked socket that the service requires
+          # would keep the service down as well.
+          for unit in ssh.socket sshd.socket networking.service ifupdown-pre.service; do
+              ln -sf /dev/null "/etc/systemd/system/$unit"
+          done
+          rm -f /etc/systemd/system/*.wants/ssh.service /etc/systemd/system/*.wants/sshd.service
+          rm -f /etc/systemd/system/*.wants/ssh.socket /etc/systemd/system/*.wants/sshd.socket
+          rm -rf /etc/systemd/system/ssh.service.requires /etc/systemd/system/sshd.service.requires
           # Run by PAM at each login.
           chmod -x /etc/update-motd.d/* 2>/dev/null
           # `cloud-init status --wait` answers at once, with 0.

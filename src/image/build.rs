@@ -154,6 +154,8 @@ impl Store {
             let doomed = self.free_old_name(name)?;
             self.generations.rename(name, &doomed)?;
         }
+        // In use rather than being built, as every generation that somebody holds.
+        dir.try_lock(FlockOperation::NonBlockingLockShared)?;
         self.generations.rename(&plan.workdir.name, name)?;
         // From here on the folder is a generation, whatever else fails.
         plan.workdir.dir = None;

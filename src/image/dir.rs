@@ -27,6 +27,13 @@ pub struct Dir {
     path: PathBuf,
 }
 
+impl Drop for Dir {
+    /// Gives the lock up at once: a child that is just being spawned still shares the descriptor.
+    fn drop(&mut self) {
+        let _ = flock(&self.fd, FlockOperation::Unlock);
+    }
+}
+
 impl Dir {
     /// Opens the store's folder, making it if it is not there. Every folder on the way must
     /// belong to root or to this user, and others may write only where the sticky bit protects

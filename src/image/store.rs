@@ -49,8 +49,15 @@ pub struct Store {
 /// The right to build in one store; given up when dropped.
 #[derive(Debug)]
 pub struct BuildLock {
-    _file: File,
+    file: File,
     store: PathBuf,
+}
+
+impl Drop for BuildLock {
+    /// Explicitly: a child that is just being spawned still shares the descriptor.
+    fn drop(&mut self) {
+        let _ = flock(&self.file, FlockOperation::Unlock);
+    }
 }
 
 impl Store {
@@ -99,7 +106,7 @@ impl Store {
         let file = self.base.open_or_create(BUILD_LOCK)?;
         match flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => Ok(Some(BuildLock {
-                _file: file,
+                file,
                 store: self.path().to_owned(),
             })),
             Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
