@@ -29,6 +29,7 @@ use fleetingd::plugin::generated::go_plugin::grpc_broker_client::GrpcBrokerClien
 use hyper_util::rt::TokioIo;
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use tokio::net::UnixStream;
 use tonic::Code;
 use tonic::transport::{Channel, Endpoint, Uri};
@@ -101,13 +102,16 @@ fn fields(stdout: impl Read) -> Vec<String> {
 }
 
 async fn plain(socket: PathBuf) -> Channel {
+    try_plain(socket).await.unwrap()
+}
+
+async fn try_plain(socket: PathBuf) -> Result<Channel, tonic::transport::Error> {
     Endpoint::from_static("http://localhost")
         .connect_with_connector(tower::service_fn(move |_: Uri| {
             let socket = socket.clone();
             async move { UnixStream::connect(socket).await.map(TokioIo::new) }
         }))
         .await
-        .unwrap()
 }
 
 async fn health(channel: Channel) -> Result<ServingStatus, tonic::Status> {
@@ -391,19 +395,20 @@ async fn over_tls(
     let der = STANDARD_NO_PAD.decode(&started.fields[5]).unwrap();
     let mut roots = rustls::RootCertStore::empty();
     roots.add(CertificateDer::from(der)).unwrap();
-    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let config = rustls::ClientConfig::builder_with_provider(provider)
+    let signer = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let config = rustls::ClientConfig::builder_with_provider(Arc::clone(&signer))
         .with_protocol_versions(&[version])
         .unwrap()
         .with_root_certificates(roots);
     let mut config = match identity {
         None => config.with_no_client_auth(),
-        Some((certificate, key)) => config
-            .with_client_auth_cert(
-                vec![certificate.der().clone()],
-                PrivateKeyDer::try_from(key.serialize_der()).unwrap(),
-            )
-            .unwrap(),
+        // Unlike the builder's own, this does not ask whether the key is the certificate's.
+        Some((certificate, key)) => {
+            let key = PrivateKeyDer::try_from(key.serialize_der()).unwrap();
+            let key = signer.key_provider.load_private_key(key).unwrap();
+            let pair = CertifiedKey::new(vec![certificate.der().clone()], key);
+            config.with_client_cert_resolver(Arc::new(SingleCertAndKey::from(pair)))
+        }
     };
     config.alpn_protocols = vec![b"h2".to_vec()];
     let tls = tokio_rustls::TlsConnector::from(Arc::new(config));
@@ -440,17 +445,8 @@ async fn auto_mtls_lets_in_the_hosts_certificate_and_no_other() {
         let thief = over_tls(&started, Some((&ours, &stranger_key)), version).await;
         assert!(thief.is_err());
     }
-    // Without TLS at all.
-    let channel = Endpoint::from_static("http://localhost")
-        .connect_with_connector(tower::service_fn({
-            let socket = started.socket();
-            move |_: Uri| {
-                let socket = socket.clone();
-                async move { UnixStream::connect(socket).await.map(TokioIo::new) }
-            }
-        }))
-        .await;
-    if let Ok(channel) = channel {
+    let without_tls = try_plain(started.socket()).await;
+    if let Ok(channel) = without_tls {
         assert!(health(channel).await.is_err());
     }
 }

@@ -214,7 +214,7 @@ impl Session {
         self.streams
             .retain(|_id, stream| !stream.task.is_finished());
         // The host is the client and its ids are odd.
-        if id % 2 == 0 || self.streams.contains_key(&id) {
+        if id.is_multiple_of(2) || self.streams.contains_key(&id) {
             return Err(io::Error::other("a stream that cannot be opened"));
         }
         if self.streams.len() >= MAX_STREAMS {

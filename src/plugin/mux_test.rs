@@ -29,8 +29,8 @@ impl Host {
     }
 
     async fn data(&mut self, stream: u32, flags: u16, payload: &[u8]) {
-        self.send(DATA, flags, stream, payload.len() as u32, payload)
-            .await;
+        let length = u32::try_from(payload.len()).unwrap();
+        self.send(DATA, flags, stream, length, payload).await;
     }
 
     async fn receive(&mut self) -> Frame {
@@ -130,7 +130,7 @@ async fn streams_are_separate_and_a_reset_ends_one() {
 async fn more_streams_than_a_host_needs_are_refused() {
     let mut host = Host::new();
     let mut open = Vec::new();
-    for n in 0..MAX_STREAMS as u32 {
+    for n in 0..u32::try_from(MAX_STREAMS).unwrap() {
         open.push(host.open(2 * n + 1).await);
     }
     host.send(WINDOW_UPDATE, SYN, 9999, 0, &[]).await;

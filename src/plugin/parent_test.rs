@@ -62,7 +62,7 @@ fn that_prints(text: &str) -> Vec<u8> {
     let mut code = vec![0xb8, 1, 0, 0, 0, 0xbf, 1, 0, 0, 0];
     // lea rsi, [the text: behind the 16 bytes that follow]
     code.extend([0x48, 0x8d, 0x35, 16, 0, 0, 0, 0xba]);
-    code.extend((text.len() as u32).to_le_bytes());
+    code.extend(u32::try_from(text.len()).unwrap().to_le_bytes());
     code.extend([0x0f, 0x05, 0xb8, 60, 0, 0, 0, 0x31, 0xff, 0x0f, 0x05]);
     code.extend(text.bytes());
     elf(&code)
