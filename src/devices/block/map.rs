@@ -9,7 +9,8 @@ use std::ops::Range;
 use serde::{Deserialize, Serialize};
 
 /// Bytes whose whereabouts are known together: a page, and the usual file system block.
-pub const GRANULE: u64 = 4096;
+pub const GRANULE: u64 = GRANULE_BYTES as u64;
+pub const GRANULE_BYTES: usize = 4096;
 /// Granules of a chunk: 64 MiB.
 const CHUNK_GRANULES: u64 = 16_384;
 /// Two bits a granule.

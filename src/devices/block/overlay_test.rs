@@ -1,5 +1,9 @@
 //! The overlay against a plain array of bytes, through the device and on both engines; and what
 //! it does when the host's storage fails.
+#![expect(
+    clippy::cast_possible_truncation,
+    reason = "the numbers of a test are small"
+)]
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
