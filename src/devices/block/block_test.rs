@@ -1,4 +1,8 @@
 //! The device as a guest's driver sees it, on both engines.
+#![expect(
+    clippy::cast_possible_truncation,
+    reason = "the numbers of a test are small"
+)]
 
 use std::os::unix::fs::FileExt;
 

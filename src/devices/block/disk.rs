@@ -101,7 +101,7 @@ impl Disk {
     /// Writes step by step, with copies of what is written in part. Blocks for storage.
     pub fn write_stepwise(&mut self, source: &GuestBytes<'_>, offset: u64) -> io::Result<()> {
         match self {
-            Self::Direct(file) => source.write(file, 0, offset, source.len()),
+            Self::Direct(file) => source.write(file, 0, offset, source.bytes()),
             Self::ReadOnly(_) => Err(io::ErrorKind::ReadOnlyFilesystem.into()),
             Self::Overlay(overlay) => overlay.write_stepwise(source, offset),
         }
@@ -134,7 +134,7 @@ pub struct GuestBytes<'a> {
 }
 
 impl GuestBytes<'_> {
-    pub fn len(&self) -> u64 {
+    pub fn bytes(&self) -> u64 {
         crate::devices::queue::total(self.segments)
     }
 

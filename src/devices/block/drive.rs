@@ -106,6 +106,21 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_failing_disk_is_counted_each_time_and_told_now_and_then() {
+        let file = Arc::new(tempfile::tempfile().unwrap());
+        let mut drive = Drive::new(Disk::Direct(file), [0; 20], false, "vda".to_owned());
+        let error = io::Error::from_raw_os_error(libc::EIO);
+        for _failure in 0..5 {
+            drive.report("read", None, &error);
+        }
+        assert_eq!(drive.stats.errors.load(Ordering::Relaxed), 5);
+        assert_eq!(drive.unreported, 4);
+        drive.reported = drive.reported.map(|last| last - REPORT_EVERY);
+        drive.report("read", None, &error);
+        assert_eq!(drive.unreported, 0);
+    }
+
+    #[test]
     fn a_full_disk_is_told_in_one_line_with_a_hint() {
         let range = ByteRange {
             offset: 8192,

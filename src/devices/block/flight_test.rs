@@ -1,6 +1,10 @@
 //! What is in flight: pauses, resets, heads that come twice, failing syncs, the worker's loop.
 //!
 //! A read from a pipe in place of the disk's file stays in flight until the test feeds it.
+#![expect(
+    clippy::cast_possible_truncation,
+    reason = "the numbers of a test are small"
+)]
 
 use std::io::{PipeWriter, Write};
 use std::os::fd::AsRawFd;

@@ -1,4 +1,8 @@
 //! Drivers that get it wrong, on purpose or not.
+#![expect(
+    clippy::cast_possible_truncation,
+    reason = "the numbers of a test are small"
+)]
 
 use proptest::prelude::*;
 use std::sync::Arc;

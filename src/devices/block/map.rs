@@ -6,10 +6,13 @@
 
 use std::ops::Range;
 
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
 use serde::{Deserialize, Serialize};
 
 /// Bytes whose whereabouts are known together: a page, and the usual file system block.
-pub const GRANULE: u64 = 4096;
+pub const GRANULE: u64 = GRANULE_BYTES as u64;
+pub const GRANULE_BYTES: usize = 4096;
 /// Granules of a chunk: 64 MiB.
 const CHUNK_GRANULES: u64 = 16_384;
 /// Two bits a granule.
@@ -64,8 +67,8 @@ pub enum MapError {
     TooLarge { granules: u64 },
     #[error("overlay map chunk {index} is out of order or outside the disk")]
     ChunkIndex { index: u32 },
-    #[error("overlay map chunk {index} has {len} bytes instead of {CHUNK_BYTES}")]
-    ChunkLength { index: u32, len: usize },
+    #[error("overlay map chunk {index} is not {CHUNK_BYTES} bytes in base64")]
+    Chunk { index: u32 },
     #[error("overlay map says something about granules beyond the disk's end")]
     BeyondEnd,
     #[error("overlay map of a snapshot refers to another snapshot")]
@@ -179,7 +182,8 @@ struct StoredMap {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 struct StoredChunk {
     index: u32,
-    places: Vec<u8>,
+    /// The chunk's bytes in base64: a clone's start parses this.
+    places: String,
 }
 
 impl From<OverlayMap> for StoredMap {
@@ -187,7 +191,7 @@ impl From<OverlayMap> for StoredMap {
         let chunks = (0_u32..)
             .zip(map.chunks)
             .filter_map(|(index, chunk)| {
-                let places = chunk?.to_vec();
+                let places = STANDARD.encode(chunk?.as_slice());
                 Some(StoredChunk { index, places })
             })
             .collect();
@@ -214,11 +218,11 @@ impl TryFrom<StoredMap> for OverlayMap {
                 .filter(|_| index >= expected)
                 .and_then(|at| map.chunks.get_mut(at))
                 .ok_or(MapError::ChunkIndex { index })?;
-            let len = places.len();
-            let chunk: Box<Chunk> = places
-                .try_into()
-                .map_err(|_wrong_length| MapError::ChunkLength { index, len })?;
-            *slot = Some(chunk);
+            let mut chunk = Box::new([0; CHUNK_BYTES]);
+            match STANDARD.decode_slice(places, chunk.as_mut_slice()) {
+                Ok(CHUNK_BYTES) => *slot = Some(chunk),
+                _ => return Err(MapError::Chunk { index }),
+            }
             expected = index.saturating_add(1);
         }
         let (last, used) = split(granules);

@@ -64,7 +64,7 @@ fn a_new_map_costs_nothing_per_granule() {
 fn a_stored_map_that_cannot_be_is_refused() {
     let chunk = |index, len: usize| StoredChunk {
         index,
-        places: vec![0xaa; len],
+        places: STANDARD.encode(vec![0xaa; len]),
     };
     let load = |granules, chunks| OverlayMap::try_from(StoredMap { granules, chunks });
     let full = CHUNK_GRANULES;
@@ -84,10 +84,21 @@ fn a_stored_map_that_cannot_be_is_refused() {
         ),
         (
             load(full, vec![chunk(0, CHUNK_BYTES - 1)]),
-            MapError::ChunkLength {
-                index: 0,
-                len: CHUNK_BYTES - 1,
-            },
+            MapError::Chunk { index: 0 },
+        ),
+        (
+            load(full, vec![chunk(0, CHUNK_BYTES + 1)]),
+            MapError::Chunk { index: 0 },
+        ),
+        (
+            load(
+                full,
+                vec![StoredChunk {
+                    index: 0,
+                    places: "no base64!".to_owned(),
+                }],
+            ),
+            MapError::Chunk { index: 0 },
         ),
         (
             load(full - 1, vec![chunk(0, CHUNK_BYTES)]),

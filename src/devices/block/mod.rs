@@ -52,7 +52,8 @@ const QUEUE_SIZE: u16 = 256;
 /// Segments of data in a request: a chain holds header and status too.
 const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
 /// log2 of a granule in sectors: the size that is never copied up.
-const GRANULE_EXPONENT: u8 = (GRANULE / SECTOR).trailing_zeros() as u8;
+const GRANULE_EXPONENT: u8 = 3;
+const _: () = assert!(SECTOR << GRANULE_EXPONENT == GRANULE);
 
 /// What a disk is made of.
 #[derive(Debug)]

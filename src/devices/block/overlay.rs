@@ -13,7 +13,7 @@ use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
 use super::disk::{self, GuestBytes, Piece, SECTOR};
-use super::map::{GRANULE, OverlayMap, Place};
+use super::map::{GRANULE, GRANULE_BYTES, OverlayMap, Place};
 
 /// The disk of a snapshot, frozen: shared read-only by its clones.
 #[derive(Debug, Clone)]
@@ -149,7 +149,7 @@ impl Overlay {
         source: &GuestBytes<'_>,
         offset: u64,
     ) -> io::Result<()> {
-        let end = offset + source.len();
+        let end = offset + source.bytes();
         let mut at = offset;
         while at < end {
             let whole = self.whole_granules(at, end);
@@ -213,7 +213,7 @@ impl Overlay {
         } else {
             (start, self.granule_end(granule))
         };
-        let mut bytes = [0; GRANULE as usize];
+        let mut bytes = [0; GRANULE_BYTES];
         let bytes = range_mut(&mut bytes, 0, to - from)?;
         if !in_delta {
             self.read(granule, bytes)?;

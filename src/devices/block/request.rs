@@ -20,7 +20,7 @@ use crate::devices::queue::{Chain, Segment, read_segments, total};
 /// Bytes of type, reserved and sector.
 const HEADER_BYTES: usize = 16;
 /// Bytes of a range in a DISCARD or WRITE_ZEROES.
-const RANGE_BYTES: u64 = 16;
+const RANGE_BYTES: usize = 16;
 /// The one flag of a range: the device may give the space back.
 const RANGE_UNMAP: u32 = 1;
 /// Ranges in one DISCARD.
@@ -201,16 +201,17 @@ impl Limits {
             MAX_DISCARD_RANGES
         };
         let bytes = total(data);
-        let count = bytes / RANGE_BYTES;
-        let shape = bytes.is_multiple_of(RANGE_BYTES) && count > 0 && count <= u64::from(max);
+        let count = bytes / RANGE_BYTES as u64;
+        let shape =
+            bytes.is_multiple_of(RANGE_BYTES as u64) && count > 0 && count <= u64::from(max);
         if self.read_only || !shape {
             return Err(Status::IoError);
         }
         let mut ranges = Vec::new();
         let mut unmap = true;
         for index in 0..count {
-            let mut raw = [0; RANGE_BYTES as usize];
-            if !read_segments(mem, data, index * RANGE_BYTES, &mut raw) {
+            let mut raw = [0; RANGE_BYTES];
+            if !read_segments(mem, data, index * RANGE_BYTES as u64, &mut raw) {
                 return Err(Status::IoError);
             }
             let raw = u128::from_le_bytes(raw);
