@@ -15,11 +15,13 @@ pub const HEADER_BYTES: usize = 12;
 /// Where `num_buffers` is in it.
 pub const NUM_BUFFERS_OFFSET: u64 = 10;
 /// An Ethernet header and one VLAN tag.
-pub const LINK_HEADER_BYTES: u64 = 14 + 4;
+const LINK_HEADER_BYTES: u64 = 14 + 4;
 /// An Ethernet header alone: what the host's stack asks for at least.
 const MIN_FRAME_BYTES: u64 = 14;
 /// The largest frame either way: an IP packet of 64 KiB and its link header.
 pub const MAX_FRAME_BYTES: u64 = 65535 + LINK_HEADER_BYTES;
+/// Such a frame with its header, as a buffer.
+pub const MAX_PACKET_BYTES: usize = HEADER_BYTES + 65535 + 14 + 4;
 
 /// Why a frame is not sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

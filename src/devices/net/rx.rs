@@ -14,7 +14,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::active::{Budget, kick_again};
 use super::counters::Counters;
-use super::frame::{self, HEADER_BYTES, MAX_FRAME_BYTES, NUM_BUFFERS_OFFSET};
+use super::frame::{self, HEADER_BYTES, MAX_PACKET_BYTES, NUM_BUFFERS_OFFSET};
 use super::tap::{GuestIovecs, Received, Tap};
 use crate::devices::fault::{Fault, GuestFault};
 use crate::devices::queue::write_segments;
@@ -22,9 +22,6 @@ use crate::devices::{Chain, GuestMemory, RunningQueue};
 
 /// Pieces for one read: what is left of UIO_MAXIOV (1024) after the largest chain and the spill.
 const MAX_PIECES: usize = 1024 - 256 - 1;
-/// Room for a whole frame, header included, that the guest's buffers cannot take.
-const SPILL_BYTES: usize = HEADER_BYTES + MAX_FRAME_BYTES as usize;
-
 /// The running receive queue.
 #[derive(Debug)]
 pub(super) struct Rx {
@@ -39,6 +36,7 @@ pub(super) struct Rx {
     spare: Vec<Chain>,
     /// Heads and lengths of the frame at hand.
     used: Vec<(u16, u32)>,
+    /// Room for a frame that the guest's buffers cannot take.
     spill: Vec<u8>,
 }
 
@@ -63,7 +61,7 @@ impl Rx {
             held_bytes: 0,
             spare: Vec::new(),
             used: Vec::new(),
-            spill: vec![0; SPILL_BYTES],
+            spill: vec![0; MAX_PACKET_BYTES],
         }
     }
 
