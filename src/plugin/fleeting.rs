@@ -284,3 +284,7 @@ fn status(error: PoolError) -> Status {
         PoolError::Ended => Status::unavailable(text),
     }
 }
+
+#[cfg(all(test, feature = "test-vmm"))]
+#[path = "fleeting_test.rs"]
+mod tests;

@@ -2,13 +2,18 @@
 //!
 //! The host parses `@message`, `@level` and `@timestamp` by type (a wrong type panics it), shows
 //! every other key as a field, and cannot parse lines of 64 KiB and more. Text that is no JSON is
-//! shown at its debug level only, so panics are told as log lines too. Any thread may log; one line
-//! is one write.
+//! shown at its debug level only, so panics are told as log lines too.
+//!
+//! Any thread may log, a vCPU's too, and none of them ever waits for the host to read: one thread
+//! writes, what it cannot take is dropped and counted.
 
 use std::error::Error;
 use std::fmt::{self, Write as _};
 use std::io::{self, IsTerminal, Write};
 use std::panic;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Map, Value};
@@ -30,6 +35,12 @@ const MAX_LINE_BYTES: usize = 60_000;
 /// character it fits.
 const SHORT_MESSAGE_CHARS: usize = 8_000;
 
+/// Lines that wait for a host that does not read.
+const QUEUE_LINES: usize = 4096;
+
+/// How long the last lines of a process may take.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
+
 /// How lines look.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Style {
@@ -40,8 +51,8 @@ pub enum Style {
 }
 
 /// Starts logging to stderr, in JSON for a host and in plain text for a terminal without one. Only
-/// the first call of a process counts.
-pub fn start(host: bool) {
+/// the first call of a process counts. Hold on to what it returns until the process ends.
+pub fn start(host: bool) -> Flush {
     let style = if !host && io::stderr().is_terminal() {
         Style::Text
     } else {
@@ -51,11 +62,12 @@ pub fn start(host: bool) {
         .ok()
         .and_then(|text| EnvFilter::try_new(text).ok())
         .unwrap_or_else(|| EnvFilter::new(DEFAULT_FILTER));
+    let queue = Queue::to(io::stderr());
     let lines = Lines {
         style,
-        write: |line: &str| {
-            // Nobody is left to tell.
-            let _gone = io::stderr().lock().write_all(line.as_bytes());
+        write: {
+            let queue = queue.clone();
+            move |line| queue.put(line)
         },
     };
     let subscriber = Registry::default().with(filter).with(lines);
@@ -73,6 +85,75 @@ pub fn start(host: bool) {
             );
         }));
     }
+    Flush(queue)
+}
+
+/// Writes the last lines when it is dropped.
+#[must_use]
+#[derive(Debug)]
+pub struct Flush(Queue);
+
+impl Drop for Flush {
+    fn drop(&mut self) {
+        let (done, flushed) = mpsc::sync_channel(1);
+        if self.0.entries.try_send(Entry::Flush(done)).is_ok() {
+            // A host that reads nothing any more gets nothing any more.
+            let _late = flushed.recv_timeout(FLUSH_TIMEOUT);
+        }
+    }
+}
+
+enum Entry {
+    Line(String),
+    Flush(SyncSender<()>),
+}
+
+/// Where lines wait for the thread that writes them.
+#[derive(Debug, Clone)]
+struct Queue {
+    entries: SyncSender<Entry>,
+    lost: Arc<AtomicU64>,
+}
+
+impl Queue {
+    fn to(output: impl Write + Send + 'static) -> Self {
+        let (entries, queued) = mpsc::sync_channel(QUEUE_LINES);
+        let lost = Arc::new(AtomicU64::new(0));
+        let counted = Arc::clone(&lost);
+        // Without a thread there is no log; the process has other troubles then.
+        let _none = std::thread::Builder::new()
+            .name("log".to_owned())
+            .spawn(move || write_lines(&queued, &counted, output));
+        Self { entries, lost }
+    }
+
+    fn put(&self, line: String) {
+        if self.entries.try_send(Entry::Line(line)).is_err() {
+            self.lost.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+}
+
+/// Each line is one write. A host that is gone cannot be told anything.
+fn write_lines(queued: &Receiver<Entry>, lost: &AtomicU64, mut output: impl Write) {
+    while let Ok(entry) = queued.recv() {
+        match entry {
+            Entry::Line(line) => {
+                let _gone = output.write_all(line.as_bytes());
+            }
+            Entry::Flush(done) => {
+                let _gone = output.flush();
+                let _gone = done.send(());
+            }
+        }
+        let lines = lost.swap(0, Ordering::Relaxed);
+        if lines > 0 {
+            tracing::warn!(
+                lines,
+                "log lines were lost: the host did not read them in time"
+            );
+        }
+    }
 }
 
 /// Formats events as lines and hands each whole line on.
@@ -81,7 +162,7 @@ struct Lines<W> {
     write: W,
 }
 
-impl<S: Subscriber, W: Fn(&str) + Send + Sync + 'static> Layer<S> for Lines<W> {
+impl<S: Subscriber, W: Fn(String) + Send + Sync + 'static> Layer<S> for Lines<W> {
     fn on_event(&self, event: &Event<'_>, _context: Context<'_, S>) {
         let mut fields = Fields::default();
         event.record(&mut fields);
@@ -93,7 +174,7 @@ impl<S: Subscriber, W: Fn(&str) + Send + Sync + 'static> Layer<S> for Lines<W> {
             Style::Json => json_line(*meta.level(), meta.target(), since, fields),
             Style::Text => text_line(*meta.level(), fields),
         };
-        (self.write)(&line);
+        (self.write)(line);
     }
 }
 

@@ -13,7 +13,7 @@ fn lines_of(style: Style, body: impl FnOnce()) -> Vec<String> {
     let sink = Arc::clone(&written);
     let lines = Lines {
         style,
-        write: move |line: &str| sink.lock().unwrap().push(line.to_owned()),
+        write: move |line| sink.lock().unwrap().push(line),
     };
     tracing::subscriber::with_default(Registry::default().with(lines), body);
     let written = written.lock().unwrap();
@@ -106,4 +106,43 @@ fn timestamps_follow_the_calendar() {
 fn a_terminal_gets_text() {
     let lines = lines_of(Style::Text, || tracing::info!(n = 2, "hello"));
     assert_eq!(lines, ["INFO  hello n=2\n"]);
+}
+
+/// A host that reads nothing until it is let go.
+struct Stuck(Receiver<()>, Arc<Mutex<Vec<u8>>>);
+
+impl Write for Stuck {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let _released = self.0.recv();
+        self.1.lock().unwrap().extend(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn nobody_waits_for_a_host_that_does_not_read_and_lost_lines_are_counted() {
+    let (release, stuck) = mpsc::channel();
+    let written = Arc::new(Mutex::new(Vec::new()));
+    let queue = Queue::to(Stuck(stuck, Arc::clone(&written)));
+    let lines = QUEUE_LINES + 100;
+    for n in 0..lines {
+        queue.put(format!("{n}\n"));
+    }
+    // One more than the queue holds may be in the writer's hands.
+    let lost = queue.lost.load(Ordering::Relaxed);
+    assert!((99..=100).contains(&lost), "{lost}");
+    drop(release);
+    let (done, flushed) = mpsc::sync_channel(1);
+    while queue.entries.try_send(Entry::Flush(done.clone())).is_err() {
+        std::thread::yield_now();
+    }
+    flushed.recv().unwrap();
+    let text = String::from_utf8(written.lock().unwrap().clone()).unwrap();
+    let kept = u64::try_from(text.lines().count()).unwrap();
+    assert_eq!(kept, u64::try_from(lines).unwrap() - lost);
+    assert!(text.starts_with("0\n1\n2\n"));
 }

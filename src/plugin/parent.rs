@@ -140,4 +140,4 @@ fn is_executable_of_guests(path: &Path) -> bool {
 
 #[cfg(test)]
 #[path = "parent_test.rs"]
-mod tests;
+pub(super) mod tests;

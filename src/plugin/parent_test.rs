@@ -69,27 +69,34 @@ fn that_prints(text: &str) -> Vec<u8> {
 }
 
 /// pause() for ever.
-fn that_hangs() -> Vec<u8> {
+pub(in crate::plugin) fn that_hangs() -> Vec<u8> {
     elf(&[0xb8, 34, 0, 0, 0, 0x0f, 0x05, 0xeb, 0xf7])
 }
 
-async fn taken(content: Vec<u8>, limit: Duration) -> bool {
+/// Another process writes the file: a child that some other test starts meanwhile could hold ours
+/// open for writing, and then nobody can run it.
+pub(in crate::plugin) fn executable(dir: &Path, content: &[u8]) -> PathBuf {
+    let (draft, path) = (dir.join("draft"), dir.join("gitlab-runner"));
+    std::fs::write(&draft, content).unwrap();
+    let line = format!("install -m 755 {} {}", draft.display(), path.display());
+    crate::testing::run(&line);
+    path
+}
+
+async fn taken(content: &[u8], limit: Duration) -> bool {
     let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("gitlab-runner");
-    std::fs::write(&path, content).unwrap();
-    let executable = std::os::unix::fs::PermissionsExt::from_mode(0o755);
-    std::fs::set_permissions(&path, executable).unwrap();
+    let path = executable(dir.path(), content);
     asked(path.clone(), limit).await == Some(path)
 }
 
 #[tokio::test]
 async fn an_executable_is_asked_and_what_it_says_counts() {
-    assert!(taken(that_prints(BLOCK), VERSION_TIMEOUT).await);
-    assert!(!taken(that_prints("echo 9.1\n"), VERSION_TIMEOUT).await);
-    assert!(!taken(b"#!/bin/sh\necho gitlab-runner\n".to_vec(), VERSION_TIMEOUT).await);
+    assert!(taken(&that_prints(BLOCK), VERSION_TIMEOUT).await);
+    assert!(!taken(&that_prints("echo 9.1\n"), VERSION_TIMEOUT).await);
+    assert!(!taken(b"#!/bin/sh\necho gitlab-runner\n", VERSION_TIMEOUT).await);
 }
 
 #[tokio::test]
 async fn an_executable_that_hangs_is_given_up() {
-    assert!(!taken(that_hangs(), Duration::from_millis(50)).await);
+    assert!(!taken(&that_hangs(), Duration::from_millis(50)).await);
 }

@@ -59,7 +59,7 @@ pub enum ServeError {
 /// Serves the host that started this process until it is over. Blocks; call it once, on a process
 /// for which [`super::started_by_host`] holds.
 pub fn run() -> ExitCode {
-    log::start(true);
+    let _flush = log::start(true);
     parent::ignore_signals();
     match serve() {
         Ok(()) => ExitCode::SUCCESS,

@@ -97,9 +97,9 @@ fn the_predecessors_eight_keys_mean_what_they_meant() {
     assert!(config.keep_consoles);
 }
 
-#[test]
-fn every_range_ends_where_the_table_says() {
-    for (key, good, bad) in [
+/// For each key what it takes and what it does not.
+fn ranges() -> Vec<(&'static str, Vec<Value>, Vec<Value>)> {
+    vec![
         (
             "vm_num_cpu_cores",
             vec![json!(1), json!(64)],
@@ -224,7 +224,12 @@ fn every_range_ends_where_the_table_says() {
             vec![json!(["a", "[b, c]"])],
             vec![json!("a"), json!([["a"]]), json!([1])],
         ),
-    ] {
+    ]
+}
+
+#[test]
+fn every_range_ends_where_the_table_says() {
+    for (key, good, bad) in ranges() {
         for value in good {
             let result = with(key, value.clone());
             assert!(result.is_ok(), "{key} = {value}: {}", result.unwrap_err());
@@ -245,14 +250,14 @@ fn every_range_ends_where_the_table_says() {
 }
 
 #[test]
-fn every_key_is_tried_above_and_every_default_fits_its_kind() {
+fn every_key_is_in_that_list_and_every_default_fits_its_kind() {
     for key in KEYS {
         if let Default::Is(default) = key.default {
             let value = serde_json::from_str(default).unwrap();
             let applied = key.kind.apply(&mut Draft::default(), &value);
             assert_eq!(applied, Ok(()), "{}", key.name);
         }
-        let tried = include_str!("config_test.rs").contains(&format!("(\"{}\", vec![", key.name));
+        let tried = ranges().iter().any(|(name, _, _)| *name == key.name);
         assert!(tried || key.meaning.is_empty(), "{}", key.name);
     }
 }
