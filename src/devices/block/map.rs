@@ -149,6 +149,12 @@ impl OverlayMap {
         }
     }
 
+    /// Whether any granule is in the own delta.
+    pub fn needs_delta(&self) -> bool {
+        let mut bytes = self.chunks.iter().flatten().flat_map(|c| c.iter());
+        bytes.any(|byte| (byte >> 1) & !byte & 0x55 != 0)
+    }
+
     /// The map of a clone: what the snapshot's delta held is golden to it.
     pub fn frozen(&self) -> Result<Self, MapError> {
         let mut map = self.clone();

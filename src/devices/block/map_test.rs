@@ -38,6 +38,7 @@ proptest! {
         let stored = serde_json::to_string(&map).unwrap();
         let loaded: OverlayMap = serde_json::from_str(&stored).unwrap();
         prop_assert_eq!(&loaded, &map);
+        prop_assert_eq!(map.needs_delta(), list.contains(&Place::Delta));
         match map.frozen() {
             Err(e) => {
                 prop_assert_eq!(e, MapError::Nested);
