@@ -214,7 +214,11 @@ fn a_storm_of_requests_leaves_others_their_turn() {
 
 #[test]
 fn a_worker_runs_it_and_gives_it_back() {
-    for engine in ENGINES {
+    for (engine, event_idx) in ENGINES
+        .into_iter()
+        .zip([false, true])
+        .chain(ENGINES.into_iter().zip([true, false]))
+    {
         let memory = ram();
         let file = Arc::new(file_of(&[0; 1 << 20]));
         let mut guest = Guest::new(&memory, block(Disk::Direct(file), engine));
@@ -228,7 +232,7 @@ fn a_worker_runs_it_and_gives_it_back() {
             memory: memory.clone(),
             features: FEATURES,
             queues: vec![Some(RunningQueue::new(
-                Rings::device_end(),
+                Rings::device_end_with(event_idx),
                 Arc::clone(&guest.kick),
                 line,
             ))],
@@ -245,6 +249,7 @@ fn a_worker_runs_it_and_gives_it_back() {
                 (0, Some(Buffer::In(4096))),
             ];
             for (kind, buffer) in kinds {
+                Rings::expect_after(&memory, guest.rings.used.idx().load());
                 let head = guest.request(kind, i * 8, buffer);
                 guest.kick.write(1).unwrap();
                 // Blocks until the device answers.

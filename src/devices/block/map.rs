@@ -1,5 +1,6 @@
-//! Which file holds each granule of an overlay: two levels, the lower one made when a granule of
-//! its 64 MiB is first touched, so that a new map costs eight bytes per 64 MiB of disk.
+//! Which file holds each granule of an overlay: two levels, the lower one made when the granules
+//! of its 64 MiB are first told apart, so that a map of a disk that was never written, or trimmed
+//! as a whole, costs sixteen bytes per 64 MiB.
 //!
 //! The map is what a snapshot stores of a disk. It comes back through [`OverlayMap::try_from`],
 //! which checks every length and index, so a map in hand is always a correct one.
@@ -50,14 +51,42 @@ impl Place {
     }
 }
 
-type Chunk = [u8; CHUNK_BYTES];
+type Places = [u8; CHUNK_BYTES];
+
+/// The places of 64 MiB. The last chunk of a disk says base about what is beyond its end.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Chunk {
+    All(Place),
+    Each(Box<Places>),
+}
+
+impl Chunk {
+    fn place(&self, index: usize) -> Place {
+        match self {
+            Self::All(place) => *place,
+            Self::Each(places) => place_in(places, index),
+        }
+    }
+
+    fn any(&self, found: impl Fn(u8) -> bool) -> bool {
+        match self {
+            Self::All(place) => found(place.pattern()),
+            Self::Each(places) => places.iter().any(|four| found(*four)),
+        }
+    }
+}
+
+fn place_in(places: &Places, index: usize) -> Place {
+    let four = places.get(index / 4).copied().unwrap_or(0);
+    Place::from_bits(four >> (2 * (index % 4)))
+}
 
 /// The places of all granules of one disk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "StoredMap", into = "StoredMap")]
 pub struct OverlayMap {
     granules: u64,
-    chunks: Vec<Option<Box<Chunk>>>,
+    chunks: Vec<Chunk>,
 }
 
 /// A stored map is not one of ours.
@@ -67,7 +96,7 @@ pub enum MapError {
     TooLarge { granules: u64 },
     #[error("overlay map chunk {index} is out of order or outside the disk")]
     ChunkIndex { index: u32 },
-    #[error("overlay map chunk {index} is not {CHUNK_BYTES} bytes in base64")]
+    #[error("overlay map chunk {index} is neither one place nor {CHUNK_BYTES} bytes in base64")]
     Chunk { index: u32 },
     #[error("overlay map says something about granules beyond the disk's end")]
     BeyondEnd,
@@ -82,7 +111,7 @@ impl OverlayMap {
         let chunks = granules.div_ceil(CHUNK_GRANULES);
         Self {
             granules,
-            chunks: vec![None; usize::try_from(chunks).unwrap_or(0)],
+            chunks: vec![Chunk::All(Place::Base); usize::try_from(chunks).unwrap_or(0)],
         }
     }
 
@@ -93,11 +122,8 @@ impl OverlayMap {
 
     pub fn place(&self, granule: u64) -> Place {
         let (chunk, index) = split(granule);
-        let Some(Some(chunk)) = self.chunks.get(chunk) else {
-            return Place::Base;
-        };
-        let bits = chunk.get(index / 4).copied().unwrap_or(0);
-        Place::from_bits(bits >> (2 * (index % 4)))
+        let chunk = self.chunks.get(chunk);
+        chunk.map_or(Place::Base, |chunk| chunk.place(index))
     }
 
     /// The place of `granule` and how many granules from it on are there too, at most `limit`.
@@ -108,17 +134,16 @@ impl OverlayMap {
             let next = granule + count;
             let (chunk, index) = split(next);
             match self.chunks.get(chunk) {
-                Some(Some(bytes)) => {
-                    let byte = bytes.get(index / 4).copied().unwrap_or(0);
-                    if index.is_multiple_of(4) && byte == place.pattern() {
-                        count += 4;
-                    } else if Place::from_bits(byte >> (2 * (index % 4))) == place {
-                        count += 1;
-                    } else {
-                        break;
-                    }
+                Some(Chunk::All(all)) if *all == place => {
+                    count += CHUNK_GRANULES - next % CHUNK_GRANULES;
                 }
-                _ if place == Place::Base => count += CHUNK_GRANULES - next % CHUNK_GRANULES,
+                Some(Chunk::Each(places))
+                    if index.is_multiple_of(4)
+                        && places.get(index / 4) == Some(&place.pattern()) =>
+                {
+                    count += 4;
+                }
+                Some(Chunk::Each(places)) if place_in(places, index) == place => count += 1,
                 _ => break,
             }
         }
@@ -134,8 +159,16 @@ impl OverlayMap {
             let Some(slot) = self.chunks.get_mut(chunk) else {
                 return;
             };
-            let bytes = slot.get_or_insert_with(|| Box::new([0; CHUNK_BYTES]));
-            let Some(byte) = bytes.get_mut(index / 4) else {
+            if index == 0 && end - granule >= CHUNK_GRANULES {
+                *slot = Chunk::All(place);
+                granule += CHUNK_GRANULES;
+                continue;
+            }
+            if let Chunk::All(all) = slot {
+                *slot = Chunk::Each(Box::new([all.pattern(); CHUNK_BYTES]));
+            }
+            let Chunk::Each(places) = slot else { return };
+            let Some(byte) = places.get_mut(index / 4) else {
                 return;
             };
             if index.is_multiple_of(4) && end - granule >= 4 {
@@ -149,17 +182,31 @@ impl OverlayMap {
         }
     }
 
+    /// Whether any granule is in the own delta.
+    pub fn needs_delta(&self) -> bool {
+        let in_delta = |four: u8| (four >> 1) & !four & 0x55 != 0;
+        self.chunks.iter().any(|chunk| chunk.any(in_delta))
+    }
+
     /// The map of a clone: what the snapshot's delta held is golden to it.
     pub fn frozen(&self) -> Result<Self, MapError> {
+        let in_golden = |four: u8| four & !(four >> 1) & 0x55 != 0;
+        if self.chunks.iter().any(|chunk| chunk.any(in_golden)) {
+            return Err(MapError::Nested);
+        }
         let mut map = self.clone();
-        for byte in map.chunks.iter_mut().flatten().flat_map(|c| c.iter_mut()) {
-            let low = *byte & 0x55;
-            let high = (*byte >> 1) & 0x55;
-            if low & !high != 0 {
-                return Err(MapError::Nested);
+        for chunk in &mut map.chunks {
+            match chunk {
+                Chunk::All(place) if *place == Place::Delta => *place = Place::Golden,
+                Chunk::All(_) => {}
+                Chunk::Each(places) => {
+                    for four in places.iter_mut() {
+                        let (low, high) = (*four & 0x55, (*four >> 1) & 0x55);
+                        let zero = high & low;
+                        *four = high | (zero << 1);
+                    }
+                }
             }
-            let (delta, zero) = (high & !low, high & low);
-            *byte = delta | zero | (zero << 1);
         }
         Ok(map)
     }
@@ -182,22 +229,29 @@ struct StoredMap {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 struct StoredChunk {
     index: u32,
+    places: StoredPlaces,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+enum StoredPlaces {
+    All(u8),
     /// The chunk's bytes in base64: a clone's start parses this.
-    places: String,
+    Each(String),
 }
 
 impl From<OverlayMap> for StoredMap {
     fn from(map: OverlayMap) -> Self {
-        let chunks = (0_u32..)
-            .zip(map.chunks)
-            .filter_map(|(index, chunk)| {
-                let places = STANDARD.encode(chunk?.as_slice());
-                Some(StoredChunk { index, places })
-            })
-            .collect();
+        let stored = |(index, chunk)| {
+            let places = match chunk {
+                Chunk::All(Place::Base) => return None,
+                Chunk::All(place) => StoredPlaces::All(place as u8),
+                Chunk::Each(places) => StoredPlaces::Each(STANDARD.encode(places.as_slice())),
+            };
+            Some(StoredChunk { index, places })
+        };
         Self {
             granules: map.granules,
-            chunks,
+            chunks: (0_u32..).zip(map.chunks).filter_map(stored).collect(),
         }
     }
 }
@@ -218,23 +272,29 @@ impl TryFrom<StoredMap> for OverlayMap {
                 .filter(|_| index >= expected)
                 .and_then(|at| map.chunks.get_mut(at))
                 .ok_or(MapError::ChunkIndex { index })?;
-            let mut chunk = Box::new([0; CHUNK_BYTES]);
-            match STANDARD.decode_slice(places, chunk.as_mut_slice()) {
-                Ok(CHUNK_BYTES) => *slot = Some(chunk),
-                _ => return Err(MapError::Chunk { index }),
-            }
+            *slot = places.chunk().ok_or(MapError::Chunk { index })?;
             expected = index.saturating_add(1);
         }
         let (last, used) = split(granules);
-        if let Some(Some(chunk)) = map.chunks.get(last)
-            && (used..CHUNK_BYTES * 4).any(|i| {
-                let byte = chunk.get(i / 4).copied().unwrap_or(0);
-                Place::from_bits(byte >> (2 * (i % 4))) != Place::Base
-            })
+        if let Some(chunk) = map.chunks.get(last)
+            && (used..CHUNK_BYTES * 4).any(|index| chunk.place(index) != Place::Base)
         {
             return Err(MapError::BeyondEnd);
         }
         Ok(map)
+    }
+}
+
+impl StoredPlaces {
+    fn chunk(self) -> Option<Chunk> {
+        match self {
+            Self::All(bits) => (bits <= 3).then(|| Chunk::All(Place::from_bits(bits))),
+            Self::Each(text) => {
+                let mut places = Box::new([0; CHUNK_BYTES]);
+                let decoded = STANDARD.decode_slice(text, places.as_mut_slice());
+                (decoded == Ok(CHUNK_BYTES)).then_some(Chunk::Each(places))
+            }
+        }
     }
 }
 

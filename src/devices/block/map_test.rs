@@ -16,8 +16,8 @@ fn place() -> impl Strategy<Value = Place> {
 proptest! {
     #[test]
     fn it_agrees_with_a_plain_list(
-        granules in 1..40_000_u64,
-        steps in proptest::collection::vec((0..40_000_u64, 0..20_000_u64, place()), 1..12),
+        granules in 1..60_000_u64,
+        steps in proptest::collection::vec((0..60_000_u64, 0..40_000_u64, place()), 1..12),
     ) {
         let mut map = OverlayMap::new(granules * GRANULE);
         let mut list = vec![Place::Base; usize::try_from(granules).unwrap()];
@@ -38,6 +38,7 @@ proptest! {
         let stored = serde_json::to_string(&map).unwrap();
         let loaded: OverlayMap = serde_json::from_str(&stored).unwrap();
         prop_assert_eq!(&loaded, &map);
+        prop_assert_eq!(map.needs_delta(), list.contains(&Place::Delta));
         match map.frozen() {
             Err(e) => {
                 prop_assert_eq!(e, MapError::Nested);
@@ -54,17 +55,22 @@ proptest! {
 }
 
 #[test]
-fn a_new_map_costs_nothing_per_granule() {
-    let map = OverlayMap::new(1 << 40);
+fn a_map_costs_nothing_per_granule_while_they_are_alike() {
+    let mut map = OverlayMap::new(1 << 40);
     assert_eq!(map.chunks.len(), 16_384);
-    assert!(map.chunks.iter().all(Option::is_none));
+    map.set(0..map.granules(), Place::Zero);
+    let alike = |chunk: &Chunk| matches!(chunk, Chunk::All(Place::Zero));
+    assert!(map.chunks.iter().all(alike));
+    map.set(5..6, Place::Delta);
+    assert!(!alike(&map.chunks[0]));
+    assert_eq!(map.run(6, 1 << 28), (Place::Zero, (1 << 28) - 6));
 }
 
 #[test]
 fn a_stored_map_that_cannot_be_is_refused() {
     let chunk = |index, len: usize| StoredChunk {
         index,
-        places: STANDARD.encode(vec![0xaa; len]),
+        places: StoredPlaces::Each(STANDARD.encode(vec![0xaa; len])),
     };
     let load = |granules, chunks| OverlayMap::try_from(StoredMap { granules, chunks });
     let full = CHUNK_GRANULES;
@@ -95,10 +101,30 @@ fn a_stored_map_that_cannot_be_is_refused() {
                 full,
                 vec![StoredChunk {
                     index: 0,
-                    places: "no base64!".to_owned(),
+                    places: StoredPlaces::Each("no base64!".to_owned()),
                 }],
             ),
             MapError::Chunk { index: 0 },
+        ),
+        (
+            load(
+                full,
+                vec![StoredChunk {
+                    index: 0,
+                    places: StoredPlaces::All(4),
+                }],
+            ),
+            MapError::Chunk { index: 0 },
+        ),
+        (
+            load(
+                full + 1,
+                vec![StoredChunk {
+                    index: 1,
+                    places: StoredPlaces::All(3),
+                }],
+            ),
+            MapError::BeyondEnd,
         ),
         (
             load(full - 1, vec![chunk(0, CHUNK_BYTES)]),

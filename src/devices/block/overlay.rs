@@ -90,6 +90,12 @@ impl Overlay {
         check_shape(&saved, &self.map)?;
         let frozen = saved.frozen().map_err(invalid)?;
         if self.golden.is_none() {
+            // A delta without its bytes would read as zeroes where the guest has written.
+            if saved.needs_delta() && self.delta_bytes() == 0 {
+                return Err(invalid(
+                    "saved disk map needs the delta that was saved with it",
+                ));
+            }
             self.map = saved;
             return Ok(());
         }

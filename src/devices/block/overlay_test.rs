@@ -223,6 +223,14 @@ fn a_state_of_another_disk_is_refused() {
     let mut plain = Overlay::new(base(), None, file_of(&[])).unwrap();
     assert!(plain.restore_map(clone_map).is_err());
 
+    let mut written = map(16 << 10);
+    written.set(1..2, Place::Delta);
+    assert!(plain.restore_map(written.clone()).is_err());
+    let delta = file_of(&[4; 8 << 10]);
+    let mut with_delta = Overlay::new(base(), None, delta).unwrap();
+    with_delta.restore_map(written.clone()).unwrap();
+    assert_eq!(with_delta.save_map(), written);
+
     let direct = block(Disk::Direct(base()), EngineChoice::Plain);
     let state = direct.save().unwrap();
     let mut device = block(Disk::Overlay(plain), EngineChoice::Plain);

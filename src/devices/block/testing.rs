@@ -89,11 +89,16 @@ impl<'a> Rings<'a> {
 
     /// The device's end of it, at its start.
     pub fn device_end() -> Queue {
+        Self::device_end_with(false)
+    }
+
+    /// The same; with `event_idx`, interrupts come where [`Self::expect_after`] says.
+    pub fn device_end_with(event_idx: bool) -> Queue {
         Queue::try_from(QueueState {
             max_size: 256,
             next_avail: 0,
             next_used: 0,
-            event_idx_enabled: false,
+            event_idx_enabled: event_idx,
             size: 256,
             ready: true,
             desc_table: TABLE,
@@ -101,6 +106,16 @@ impl<'a> Rings<'a> {
             used_ring: USED,
         })
         .unwrap()
+    }
+}
+
+impl Rings<'_> {
+    /// EVENT_IDX: asks for an interrupt after the answer number `index`.
+    pub fn expect_after(memory: &GuestMemory, index: u16) {
+        // used_event stands behind the available ring's entries.
+        memory
+            .write_obj(index, GuestAddress(AVAIL + 4 + 2 * 256))
+            .unwrap();
     }
 }
 
