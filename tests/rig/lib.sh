@@ -1,3 +1,4 @@
+# shellcheck disable=SC2034
 # Shared by ./dev and the scripts beside this file: messages, build stamps, Debian packages.
 # Sourced with the checkout as the working directory.
 # shellcheck shell=bash
@@ -21,14 +22,14 @@ as_root() {
 }
 
 # build NAME FUNCTION INPUT...: calls FUNCTION with target/rig/NAME unless that was built before
-# by the same FUNCTION text from the same INPUTs (files of the checkout). One builder at a time.
+# by the same FUNCTION text from the same INPUTs (files of the checkout). One builder of a piece at a time.
 build() {
     local name=$1 make=$2 want lock start=$SECONDS; shift 2
     local made=$RIG/$name stamp=$RIG/.stamps/${name//\//-}
     mkdir -p "$RIG/.stamps" "$(dirname "$made")"
     want=$({ declare -f "$make"; cat /dev/null "$@"; } | sha256sum)
     [[ -e $made && -e $stamp && $(<"$stamp") == "$want" ]] && return
-    exec {lock}>"$RIG/.stamps/lock"
+    exec {lock}>"$stamp.lock"
     flock "$lock"
     if ! [[ -e $made && -e $stamp && $(<"$stamp") == "$want" ]]; then
         say "building target/rig/$name"
@@ -57,7 +58,7 @@ debian_source() {
 # fetch_debs SUITE DIR PACKAGE...: downloads and unpacks packages of a Debian release into DIR,
 # whatever release this machine runs. A package that only depends on others brings those.
 fetch_debs() {
-    local suite=$1 dir=$2 apt=$RIG/.apt package names=(); shift 2
+    local suite=$1 dir=$2 apt=$2.apt package names=(); shift 2
     mkdir -p "$apt"/{state/lists/partial,cache/archives/partial,etc,debs} "$dir"
     debian_source "$suite" >"$apt/etc/sources.list"
     local options=(
@@ -77,7 +78,7 @@ fetch_debs() {
     rm -f "$apt/debs"/*
     (cd "$apt/debs" && apt-get "${options[@]}" download "${names[@]}")
     for package in "$apt/debs"/*.deb; do dpkg -x "$package" "$dir"; done
-    rm -rf "${apt:?}"
+    rm -rf "$apt"
 }
 
 # fetch_kernel SUITE DIR PACKAGE: a kernel package, unpacked and its modules indexed.

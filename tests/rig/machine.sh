@@ -67,12 +67,13 @@ rig_host() {
 
 rig_nested() {
     local control=$RIG/out/.control lock out copier code=0
+    [[ $ROOT != *[[:space:],]* ]] || die "the checkout's path has a space or a comma: $ROOT; hint: move it"
     rig_files
     exec {lock}>"$RIG/machine.lock"
     flock -n "$lock" || { say "waiting for another ./dev rig of this checkout"; flock "$lock"; }
     rm -rf "$control"
-    mkdir -p "$control"
-    { export -p; printf "cd %q\n" "$CALLER_PWD"; } >"$control/env"
+    mkdir -m 700 "$control" # the environment may hold secrets
+    { export -p; printf 'cd %q\n' "$CALLER_PWD"; } >"$control/env"
     if (($#)); then
         printf '%q ' "$@" >"$control/command"
         # QEMU opens its output by name: a pipe is never truncated, and can always be opened.
@@ -87,13 +88,15 @@ rig_nested() {
         rig_qemu -chardev stdio,id=out,signal=off -device virtconsole,chardev=out || code=$?
         stty "$tty"
     fi
-    exec {lock}>&-
     ((code != 124)) || die "the rig was stopped after RIG_TIMEOUT=${RIG_TIMEOUT:-3600} s; hint: its log is $RIG/l1.log"
     if [[ ! -s $control/exit ]]; then
         tail -n 20 "$RIG/l1.log" >&2
         die "the rig ended before the command did (QEMU: $code); hint: its log is $RIG/l1.log"
     fi
-    return "$(<"$control/exit")"
+    code=$(<"$control/exit")
+    rm -rf "$control"
+    exec {lock}>&-
+    return "$code"
 }
 
 # Runs L1 to its end; killed with this script.
