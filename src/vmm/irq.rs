@@ -88,6 +88,7 @@ impl IrqRouter {
             gsi: Gsi(layout::FIRST_MSI_GSI.saturating_add(index)),
             event,
             wired: None,
+            complained: false,
         })
     }
 
@@ -176,6 +177,8 @@ pub struct Line {
     event: Arc<EventFd>,
     /// The message it is wired with; `None` while masked.
     wired: Option<MsiMessage>,
+    /// A refused message was logged: the guest can repeat it at will.
+    complained: bool,
 }
 
 impl Line {
@@ -184,34 +187,36 @@ impl Line {
         Interrupt::new(Arc::clone(&self.event))
     }
 
-    /// Unmasks the vector with this message, or masks it. A message that KVM refuses, which only
-    /// a guest's nonsense is, leaves the vector masked.
+    /// Unmasks the vector with this message, or masks it. What KVM refuses, which only a guest's
+    /// nonsense is, changes nothing.
     pub fn set(&mut self, message: Option<MsiMessage>) {
         if message == self.wired {
             return;
         }
-        if let Err(error) = self.rewire(message) {
-            tracing::warn!(gsi = self.gsi.0, "vector stays masked: {error}");
+        if let Err(error) = self.rewire(message)
+            && !self.complained
+        {
+            self.complained = true;
+            tracing::warn!(gsi = self.gsi.0, "vector stays as it was: {error}");
         }
     }
 
     fn rewire(&mut self, message: Option<MsiMessage>) -> Result<(), IrqError> {
         let vm = &self.router.vm;
-        if message.is_none() {
-            self.wired = None;
-            return vm
+        match (self.wired, message) {
+            (Some(_), None) => vm
                 .unregister_irqfd(&self.event, self.gsi.0)
-                .map_err(IrqError::kvm("unwire an interrupt"));
-        }
-        if let Some(message) = message {
-            // A change of the route of a wired line takes effect at once.
-            self.router.route(self.gsi, message)?;
-            if self.wired.is_none() {
+                .map_err(IrqError::kvm("unwire an interrupt"))?,
+            // The new route of a wired line takes effect at once.
+            (Some(_), Some(message)) => self.router.route(self.gsi, message)?,
+            (None, Some(message)) => {
+                self.router.route(self.gsi, message)?;
                 vm.register_irqfd(&self.event, self.gsi.0)
                     .map_err(IrqError::kvm("wire an interrupt"))?;
             }
-            self.wired = Some(message);
+            (None, None) => {}
         }
+        self.wired = message;
         Ok(())
     }
 

@@ -7,6 +7,7 @@
 //! function has a lock of its own.
 
 mod config;
+mod face;
 mod function;
 mod msix;
 
