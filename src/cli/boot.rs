@@ -1,11 +1,13 @@
 //! `fleetingd boot`: one machine on this terminal, for debugging a kernel, an image or the host.
 //!
-//! The main thread waits for the machine's end; one thread copies the terminal's bytes to the
-//! guest, one waits for signals. Nothing here decides anything about machines.
+//! The main thread waits for the machine's end; [`terminal`] has what is typed meanwhile. Nothing
+//! here decides anything about machines.
 #![expect(clippy::print_stderr, reason = "a command says what happened")]
 
+mod terminal;
+
 use std::fs::{File, OpenOptions};
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::net::Ipv4Addr;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
@@ -14,24 +16,14 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use anyhow::{Context, bail};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcgetwinsize, tcsetattr};
 
 use crate::net;
-use crate::vmm::{self, BootPhase, DiskSource, DiskSpec, KernelSource, NetSpec, VmHandle, VmSpec};
+use crate::vmm::{self, BootPhase, DiskSource, DiskSpec, KernelSource, NetSpec, VmSpec};
 
 /// Exit code of a set-up that failed; a machine's ends have their own.
 const SETUP_FAILED: u8 = 3;
-/// Ctrl-].
-const ESCAPE: u8 = 0x1d;
 /// A file of this magic is no raw image.
 const QCOW2: &[u8; 4] = b"QFI\xfb";
-/// What a terminal without a size counts as.
-const RESIZE_LOOK: Timespec = Timespec {
-    tv_sec: 1,
-    tv_nsec: 0,
-};
-
 /// Boot a Linux kernel in a machine on this terminal
 ///
 /// Exit codes: 0 power-off, 2 usage, 3 set-up, 10 reboot, 11 triple fault, 12 kernel panic,
@@ -128,8 +120,8 @@ pub fn run(args: BootArgs) -> ExitCode {
         Ok(handle) => handle,
         Err(error) => return failed(&error),
     };
-    let terminal = on_terminal.then(|| attach(&handle));
-    end_on_signals(&handle);
+    let terminal = on_terminal.then(|| terminal::attach(&handle));
+    terminal::end_on_signals(&handle);
     let end = handle.wait();
     // The terminal is itself again before anything is printed.
     drop(terminal);
@@ -260,99 +252,4 @@ fn open_net(name: &str) -> anyhow::Result<NetSpec> {
         link_up: true,
         vhost: true,
     })
-}
-
-/// SIGINT, SIGTERM and SIGHUP end the machine, and with it this command.
-fn end_on_signals(handle: &VmHandle) {
-    use tokio::signal::unix::{SignalKind, signal};
-    let handle = handle.clone();
-    let wait = async move {
-        let (Ok(mut int), Ok(mut term), Ok(mut hup)) = (
-            signal(SignalKind::interrupt()),
-            signal(SignalKind::terminate()),
-            signal(SignalKind::hangup()),
-        ) else {
-            return;
-        };
-        tokio::select! {
-            _ = int.recv() => {}
-            _ = term.recv() => {}
-            _ = hup.recv() => {}
-        }
-        handle.kill();
-    };
-    std::thread::spawn(move || {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_io()
-            .build();
-        // Without it signals keep their default: they end the process.
-        if let Ok(runtime) = runtime {
-            runtime.block_on(wait);
-        }
-    });
-}
-
-/// The terminal in raw mode; itself again when dropped.
-struct RawTerminal {
-    before: Option<Termios>,
-}
-
-impl Drop for RawTerminal {
-    fn drop(&mut self) {
-        if let Some(before) = &self.before {
-            let _hung_up = tcsetattr(io::stdin(), OptionalActions::Flush, before);
-        }
-    }
-}
-
-/// Copies what is typed to the guest, on a thread that lives as long as the process.
-fn attach(handle: &VmHandle) -> RawTerminal {
-    let mut before = None;
-    if isatty(io::stdin())
-        && let Ok(cooked) = tcgetattr(io::stdin())
-    {
-        eprintln!("press Ctrl-] to end the machine");
-        let mut raw = cooked.clone();
-        raw.make_raw();
-        if tcsetattr(io::stdin(), OptionalActions::Now, &raw).is_ok() {
-            before = Some(cooked);
-        }
-    }
-    let handle = handle.clone();
-    let escape = before.is_some();
-    std::thread::spawn(move || {
-        // An error is the end of input.
-        let _ended = copy_input(&handle, escape);
-    });
-    RawTerminal { before }
-}
-
-fn copy_input(handle: &VmHandle, escape: bool) -> io::Result<()> {
-    let mut input = io::stdin().lock();
-    let mut size = (0, 0);
-    let mut buffer = [0; 1024];
-    while handle.end().is_none() {
-        if let Ok(now) = tcgetwinsize(io::stdin())
-            && (now.ws_col, now.ws_row) != size
-        {
-            size = (now.ws_col, now.ws_row);
-            handle.console_size(now.ws_col, now.ws_row);
-        }
-        let stdin = io::stdin();
-        let mut fds = [PollFd::new(&stdin, PollFlags::IN)];
-        if poll(&mut fds, Some(&RESIZE_LOOK))? == 0 {
-            continue;
-        }
-        let count = input.read(&mut buffer)?;
-        let typed = buffer.get(..count).unwrap_or_default();
-        if typed.is_empty() {
-            break;
-        }
-        if escape && typed.contains(&ESCAPE) {
-            handle.kill();
-            break;
-        }
-        handle.console_input(typed);
-    }
-    io::stderr().flush()
 }

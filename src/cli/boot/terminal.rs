@@ -1,0 +1,115 @@
+//! The operator's terminal while a machine runs on it: raw, with one key that is not the guest's.
+//!
+//! One thread copies what is typed to the guest, one waits for signals; both live as long as the
+//! process.
+#![expect(clippy::print_stderr, reason = "a command says what happened")]
+
+use std::io::{self, Read, Write};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcgetwinsize, tcsetattr};
+
+use crate::vmm::VmHandle;
+
+/// Ctrl-].
+const ESCAPE: u8 = 0x1d;
+/// How often to look whether the terminal has another size.
+const RESIZE_LOOK: Timespec = Timespec {
+    tv_sec: 1,
+    tv_nsec: 0,
+};
+
+/// SIGINT, SIGTERM and SIGHUP end the machine, and with it this command.
+pub fn end_on_signals(handle: &VmHandle) {
+    use tokio::signal::unix::{SignalKind, signal};
+    let handle = handle.clone();
+    let wait = async move {
+        let (Ok(mut int), Ok(mut term), Ok(mut hup)) = (
+            signal(SignalKind::interrupt()),
+            signal(SignalKind::terminate()),
+            signal(SignalKind::hangup()),
+        ) else {
+            return;
+        };
+        tokio::select! {
+            _ = int.recv() => {}
+            _ = term.recv() => {}
+            _ = hup.recv() => {}
+        }
+        handle.kill();
+    };
+    std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_io()
+            .build();
+        // Without it signals keep their default: they end the process.
+        if let Ok(runtime) = runtime {
+            runtime.block_on(wait);
+        }
+    });
+}
+
+/// The terminal in raw mode; itself again when dropped.
+pub struct RawTerminal {
+    before: Option<Termios>,
+}
+
+impl Drop for RawTerminal {
+    fn drop(&mut self) {
+        if let Some(before) = &self.before {
+            let _hung_up = tcsetattr(io::stdin(), OptionalActions::Flush, before);
+        }
+    }
+}
+
+/// Copies what is typed to the guest, on a thread that lives as long as the process.
+pub fn attach(handle: &VmHandle) -> RawTerminal {
+    let mut before = None;
+    if isatty(io::stdin())
+        && let Ok(cooked) = tcgetattr(io::stdin())
+    {
+        eprintln!("press Ctrl-] to end the machine");
+        let mut raw = cooked.clone();
+        raw.make_raw();
+        if tcsetattr(io::stdin(), OptionalActions::Now, &raw).is_ok() {
+            before = Some(cooked);
+        }
+    }
+    let handle = handle.clone();
+    let escape = before.is_some();
+    std::thread::spawn(move || {
+        // An error is the end of input.
+        let _ended = copy_input(&handle, escape);
+    });
+    RawTerminal { before }
+}
+
+fn copy_input(handle: &VmHandle, escape: bool) -> io::Result<()> {
+    let mut input = io::stdin().lock();
+    let mut size = (0, 0);
+    let mut buffer = [0; 1024];
+    while handle.end().is_none() {
+        if let Ok(now) = tcgetwinsize(io::stdin())
+            && (now.ws_col, now.ws_row) != size
+        {
+            size = (now.ws_col, now.ws_row);
+            handle.console_size(now.ws_col, now.ws_row);
+        }
+        let stdin = io::stdin();
+        let mut fds = [PollFd::new(&stdin, PollFlags::IN)];
+        if poll(&mut fds, Some(&RESIZE_LOOK))? == 0 {
+            continue;
+        }
+        let count = input.read(&mut buffer)?;
+        let typed = buffer.get(..count).unwrap_or_default();
+        if typed.is_empty() {
+            break;
+        }
+        if escape && typed.contains(&ESCAPE) {
+            handle.kill();
+            break;
+        }
+        handle.console_input(typed);
+    }
+    io::stderr().flush()
+}
