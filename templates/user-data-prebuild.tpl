@@ -106,7 +106,7 @@ write_files:
       # Without a network apt waits for minutes; a proxy resolves names for us.
       mirror_is_known() {
           proxy=$(apt-config dump --format '%v' Acquire::http::Proxy Acquire::https::Proxy)
-          host=$(apt-get indextargets --format '$(SITE)' | sed -n '1s,^https*://\([^/:]*\).*,\1,p')
+          host=$(apt-get --print-uris update | sed -n "1s,^'https*://\([^/:']*\).*,\1,p")
           [ -n "$proxy" ] || [ -z "$host" ] || timeout 30 getent ahosts "$host" >/dev/null
       }
 
@@ -207,17 +207,26 @@ write_files:
           fi
           # Masked and disabled by hand: systemctl would reload systemd and run update-rc.d for
           # each, and nothing is started any more. A masked socket that the service requires
-          # would keep the service down as well.
+          # would keep the service down as well. networkd and resolved have nothing to do: the
+          # agent writes a plain resolv.conf.
+          units=/etc/systemd/system
           for unit in ssh.socket sshd.socket networking.service ifupdown-pre.service; do
-              ln -sf /dev/null "/etc/systemd/system/$unit"
+              ln -sf /dev/null "$units/$unit"
           done
-          rm -f /etc/systemd/system/*.wants/ssh.service /etc/systemd/system/*.wants/sshd.service
-          rm -f /etc/systemd/system/*.wants/ssh.socket /etc/systemd/system/*.wants/sshd.socket
-          rm -rf /etc/systemd/system/ssh.service.requires /etc/systemd/system/sshd.service.requires
+          for unit in ssh.service ssh.socket sshd.service sshd.socket systemd-resolved.service \
+              systemd-networkd.service systemd-networkd.socket systemd-network-generator.service; do
+              rm -f "$units"/*.wants/$unit "$units"/*.requires/$unit
+          done
+          rm -f "$units/dbus-org.freedesktop.network1.service"
+          rm -f "$units/dbus-org.freedesktop.resolve1.service"
           # Run by PAM at each login.
           chmod -x /etc/update-motd.d/* 2>/dev/null
-          # `cloud-init status --wait` answers at once, with 0.
-          mkdir -p /etc/cloud && touch /etc/cloud/cloud-init.disabled
+          mkdir -p /etc/cloud
+          touch /etc/cloud/cloud-init.disabled
+          install -D -m 0755 "$seed/cloud-init-status.sh" /usr/local/bin/cloud-init
+          # Mounted when somebody looks: a boot that needs them waits for udev to find their labels.
+          awk '$2 ~ "^/boot(/efi)?$" && $4 !~ /automount/ { $4 = $4 ",x-systemd.automount" } 1' \
+              /etc/fstab >/etc/fstab.new && mv /etc/fstab.new /etc/fstab
       }
 
       # What no two machines may share, and what nobody needs.

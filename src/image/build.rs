@@ -267,6 +267,10 @@ fn write_seed(
             "prebuild-commands.sh",
             Content::Text(template::COMMANDS.to_owned()),
         ),
+        (
+            "cloud-init-status.sh",
+            Content::Text(template::CLOUD_INIT_STATUS.to_owned()),
+        ),
     ];
     for (name, script) in &commands {
         files.push((name, Content::Text(script.clone())));

@@ -134,7 +134,7 @@ impl<'a> Source<'a> {
         match self {
             Self::Raw { file, .. } => {
                 use rustix::fs::SeekFrom;
-                let seek = |to| rustix::fs::seek(&*file, to);
+                let seek = |to| rustix::fs::seek(*file, to);
                 let start = match seek(SeekFrom::Data(at)) {
                     Ok(start) => start,
                     Err(rustix::io::Errno::NXIO) => return Ok(None),

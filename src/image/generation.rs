@@ -105,7 +105,7 @@ fn file_len(dir: &Dir, name: &str) -> Result<Option<u64>, ImageError> {
     let meta = file
         .metadata()
         .map_err(ImageError::file("stat", &dir.at(name)))?;
-    Ok(meta.is_file().then(|| meta.len()))
+    Ok(meta.is_file().then_some(meta.len()))
 }
 
 /// A generation that workers can boot from. While a clone of this value lives, its files stay.

@@ -11,6 +11,7 @@ use super::{BuildInputs, ImageError, PrebuildOnError, RunnerSource};
 pub const AGENT_UNIT: &str = include_str!("../../templates/fleetingd-agent.service");
 pub const SSHD: &str = include_str!("../../templates/sshd.conf");
 pub const COMMANDS: &str = include_str!("../../templates/prebuild-commands.sh");
+pub const CLOUD_INIT_STATUS: &str = include_str!("../../templates/cloud-init-status.sh");
 const USER_DATA: &str = include_str!("../../templates/user-data-prebuild.tpl");
 const NETWORK_CONFIG: &str = include_str!("../../templates/network-config.tpl");
 
@@ -79,13 +80,14 @@ pub fn network_config(net: &SeedNet) -> Result<String, ImageError> {
 }
 
 /// Everything of `templates/` that goes into a guest, for the generation's key.
-pub fn fingerprint_texts(inputs: &BuildInputs) -> Result<[String; 5], ImageError> {
+pub fn fingerprint_texts(inputs: &BuildInputs) -> Result<[String; 6], ImageError> {
     Ok([
         user_data(inputs)?,
         sshd(inputs)?,
         NETWORK_CONFIG.to_owned(),
         AGENT_UNIT.to_owned(),
         COMMANDS.to_owned(),
+        CLOUD_INIT_STATUS.to_owned(),
     ])
 }
 

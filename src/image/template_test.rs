@@ -54,6 +54,7 @@ fn the_prebuild_script_is_shell_with_every_value_in_place() {
     assert!(script.contains(" 2 fail "), "count and mode of commands");
     assert!(!script.contains("{{"));
     shell(&["-n"], COMMANDS);
+    shell(&["-n"], CLOUD_INIT_STATUS);
 }
 
 #[test]

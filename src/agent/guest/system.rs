@@ -90,6 +90,10 @@ pub fn set_names(identity: &Identity) -> Result<(), GuestError> {
     rustix::system::sethostname(identity.hostname.as_bytes())
         .map_err(|e| GuestError::act("set the host name")(e.into()))?;
     write_file("/etc/hostname", &format!("{}\n", identity.hostname), 0o644)?;
+    let old_id = fs::read_to_string("/etc/machine-id").unwrap_or_default();
+    for journals in ["/run/log/journal", "/var/log/journal"] {
+        keep_journal_readable(Path::new(journals), old_id.trim(), &identity.machine_id);
+    }
     write_file(
         "/etc/machine-id",
         &format!("{}\n", identity.machine_id),
@@ -97,6 +101,15 @@ pub fn set_names(identity: &Identity) -> Result<(), GuestError> {
     )?;
     let hosts = fs::read_to_string("/etc/hosts").unwrap_or_default();
     write_file("/etc/hosts", &hosts_with(&hosts, &identity.hostname), 0o644)
+}
+
+/// journald goes on writing under the machine-id that it started with, and journalctl looks under
+/// the new one: a link makes them meet. Only a log is lost where that fails.
+fn keep_journal_readable(journals: &Path, old_id: &str, new_id: &str) {
+    let is_id = |id: &str| id.len() == 32 && id.bytes().all(|b| b.is_ascii_hexdigit());
+    if journals.is_dir() && is_id(old_id) && is_id(new_id) && old_id != new_id {
+        let _ = std::os::unix::fs::symlink(old_id, journals.join(new_id));
+    }
 }
 
 /// The hosts file with exactly one 127.0.1.1 line, ours: sudo looks the host name up.
@@ -208,6 +221,20 @@ mod tests {
         assert_eq!(new, "127.0.0.1 localhost\n10.0.0.1 db\n127.0.1.1 m1\n");
         assert_eq!(hosts_with(&new, "m1"), new);
         assert_eq!(hosts_with("", "m1"), "127.0.0.1 localhost\n127.0.1.1 m1\n");
+    }
+
+    #[test]
+    fn the_journal_is_found_under_the_new_machine_id() {
+        let dir = tempfile::tempdir().unwrap();
+        let (old, new) = ("0".repeat(32), "1".repeat(32));
+        keep_journal_readable(dir.path(), &old, &new);
+        // journald may make its folder later.
+        fs::create_dir(dir.path().join(&old)).unwrap();
+        fs::write(dir.path().join(&old).join("system.journal"), "x").unwrap();
+        assert!(dir.path().join(&new).join("system.journal").exists());
+        keep_journal_readable(dir.path(), "../../etc", &"2".repeat(32));
+        keep_journal_readable(&dir.path().join("none"), &old, &new);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2);
     }
 
     #[test]
