@@ -3,7 +3,7 @@
 /// SemVer.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 
-/// Set by whoever builds a release; a build from a plain checkout does not know.
+/// From `build.rs`, for releases; other builds do not know.
 const REVISION: Option<&str> = option_env!("FLEETINGD_REVISION");
 const REFERENCE: Option<&str> = option_env!("FLEETINGD_REFERENCE");
 const BUILT: Option<&str> = option_env!("FLEETINGD_BUILT");

@@ -3,10 +3,14 @@ package conformance
 import (
 	"context"
 	"fmt"
+	"os"
+	"strings"
 	"sync"
 	"testing"
 	"time"
 
+	"gitlab.com/gitlab-org/fleeting/fleeting/connector"
+	"gitlab.com/gitlab-org/fleeting/fleeting/provider"
 	"gitlab.com/gitlab-org/fleeting/taskscaler"
 )
 
@@ -113,7 +117,41 @@ func TestEveryJobHasAMachineOfItsOwn(t *testing.T) {
 }
 
 // powerOff ends a machine from inside, where nothing of the host's is known.
-const powerOff = "sudo -n sh -c 'echo o > /proc/sysrq-trigger'\nsleep 600\n"
+const powerOff = "sudo -n sh -c 'echo dying; echo o > /proc/sysrq-trigger; sleep 600'\n"
+
+// lastWords tells when a machine first said something.
+type lastWords chan time.Time
+
+func (l lastWords) Write(text []byte) (int, error) {
+	select {
+	case l <- time.Now():
+	default:
+	}
+	return len(text), nil
+}
+
+// kill has a machine power itself off and returns the moment it did, which the SSH client would
+// not learn: its peer just stops to answer.
+func kill(ctx context.Context, t *testing.T, info provider.ConnectInfo) time.Time {
+	t.Helper()
+	said := make(lastWords, 1)
+	failed := make(chan error, 1)
+	go func() {
+		failed <- connector.Run(ctx, info, connector.ConnectorOptions{RunOptions: connector.RunOptions{
+			Command: "bash",
+			Stdin:   strings.NewReader(powerOff),
+			Stdout:  said,
+			Stderr:  os.Stderr,
+		}})
+	}()
+	select {
+	case when := <-said:
+		return when
+	case err := <-failed:
+		t.Fatalf("the machine did not die: %v", err)
+		return time.Time{}
+	}
+}
 
 func TestAMachineThatDiesIdleIsReplaced(t *testing.T) {
 	needsMachines(t)
@@ -121,9 +159,7 @@ func TestAMachineThatDiesIdleIsReplaced(t *testing.T) {
 	fleet := newFleet(t, 1)
 	fleet.idle(t, 1)
 	victim := await(t, ctx, fleet.up)
-	dying, cancel := context.WithTimeout(ctx, poll+grace)
-	defer cancel()
-	go runJob(dying, victim.Info, powerOff)
+	kill(ctx, t, victim.Info)
 	if next := await(t, ctx, fleet.up); next.ID == victim.ID {
 		t.Fatalf("%s came up twice", victim.ID)
 	}
@@ -160,15 +196,14 @@ func TestAJobOnAMachineThatDiesEndsWithinOnePoll(t *testing.T) {
 	}
 	job, cancel := machine.WithContext(ctx)
 	defer cancel()
-	began := time.Now()
-	go runJob(job, info, powerOff)
+	died := kill(job, t, info)
 	select {
 	case <-job.Done():
 	case <-ctx.Done():
 		t.Fatal("the job never ended")
 	}
-	took := time.Since(began)
-	t.Logf("the job's context ended %v after the machine was told to: %v", took, context.Cause(job))
+	took := time.Since(died)
+	t.Logf("the job's context ended %v after the machine's last words: %v", took, context.Cause(job))
 	if took > poll+grace {
 		t.Errorf("that is more than a poll of %v and %v for the guest to power off", poll, grace)
 	}

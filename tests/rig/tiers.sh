@@ -19,10 +19,21 @@ tier_unit() {
     cargo test --config "$(runner "${AS_ROOT[@]}")" --no-fail-fast --lib --bins "${targets[@]}"
 }
 
-# GitLab's own library against the executable. One static binary, so that it runs in the rig.
+# GitLab's own libraries against the executable: with machines that boot nothing here, with real
+# ones in the rig. One static binary, so that it runs there.
 tier_fleeting() {
-    need_go && cargo build && (cd tests/fleeting && CGO_ENABLED=0 go test -c -o "$RIG/fleeting.test" . \
-        && "$ROOT/dev" rig "$RIG/fleeting.test" -test.v -test.timeout=40m)
+    local test=$RIG/fleeting.test fake=$RIG/fake-plugin data=/var/lib/fleetingd
+    need_go && (cd tests/fleeting && CGO_ENABLED=0 go test -c -o "$test" .) || return
+    cargo build --features test-vmm && cp "$BIN" "$fake" && cargo build || return
+    FLEETINGD_PLUGIN=$fake FLEETINGD_VMS=fake "$test" -test.v || return
+    [[ $(rig_kind) == nested ]] || data=$RIG/data
+    cat >"$RIG/out/fleeting.json" <<END
+{"vm_image": "$RIG/images/standin.qcow2", "vm_disk_directory": "$data", "vm_disk_size_gb": 4,
+ "vm_memory_mb": 1024, "vm_num_cpu_cores": 1, "boot_timeout": "15m"}
+END
+    export FLEETINGD_VMS=real FLEETINGD_CONFIG=$RIG/out/fleeting.json FLEETINGD_PATIENCE=30m
+    export FLEETINGD_JOBS=${FLEETINGD_JOBS:-8} FLEETINGD_MACHINES=${FLEETINGD_MACHINES:-2}
+    "$ROOT/dev" rig "$test" -test.v -test.timeout=40m
 }
 
 tier_guest() { rig_cargo test --no-fail-fast --test guest; }
