@@ -4,11 +4,6 @@
 //! the commit, so that the same commit gives the same executable. Where git or its history is
 //! missing, the block says "unknown".
 
-#![expect(
-    clippy::print_stdout,
-    reason = "this is how a build script talks to cargo"
-)]
-
 use std::process::Command;
 
 fn main() {
@@ -22,7 +17,10 @@ fn main() {
     }
     let rustc = std::env::var("RUSTC").unwrap_or_else(|_| "rustc".to_owned());
     let facts = [
-        ("REVISION", output("git", &["rev-parse", "--short=8", "HEAD"])),
+        (
+            "REVISION",
+            output("git", &["rev-parse", "--short=8", "HEAD"]),
+        ),
         (
             "REFERENCE",
             output("git", &["describe", "--all", "--exact-match"]),

@@ -111,34 +111,47 @@ fn split_message(bytes: &[u8]) -> Option<(u16, &[u8], &[u8])> {
     Some((kind, body, next))
 }
 
-/// The first attribute: its type, itself with its header, its value, and what follows.
-fn split_attribute(bytes: &[u8]) -> Option<(u16, &[u8], &[u8], &[u8])> {
-    let len = usize::from(u16::from_ne_bytes(*bytes.first_chunk()?));
-    let kind = u16::from_ne_bytes(*bytes.get(2..)?.first_chunk()?) & TYPE_MASK;
-    let whole = bytes.get(..len)?;
-    let value = bytes.get(4..len)?;
-    let next = bytes.get(len.next_multiple_of(4)..).unwrap_or_default();
-    Some((kind, whole, value, next))
+/// One attribute of a message.
+struct Attribute<'a> {
+    kind: u16,
+    /// With its header.
+    whole: &'a [u8],
+    value: &'a [u8],
 }
 
-fn attribute(mut bytes: &[u8], wanted: u16) -> Option<(&[u8], &[u8])> {
-    while let Some((kind, whole, value, next)) = split_attribute(bytes) {
-        if kind == wanted {
-            return Some((whole, value));
-        }
-        bytes = next;
+impl<'a> Attribute<'a> {
+    /// The first one, and what follows it.
+    fn split(bytes: &'a [u8]) -> Option<(Self, &'a [u8])> {
+        let len = usize::from(u16::from_ne_bytes(*bytes.first_chunk()?));
+        let first = Self {
+            kind: u16::from_ne_bytes(*bytes.get(2..)?.first_chunk()?) & TYPE_MASK,
+            whole: bytes.get(..len)?,
+            value: bytes.get(4..len)?,
+        };
+        let next = bytes.get(len.next_multiple_of(4)..).unwrap_or_default();
+        Some((first, next))
     }
-    None
+
+    /// The first one of a kind.
+    fn find(mut bytes: &'a [u8], kind: u16) -> Option<Self> {
+        while let Some((first, next)) = Self::split(bytes) {
+            if first.kind == kind {
+                return Some(first);
+            }
+            bytes = next;
+        }
+        None
+    }
 }
 
 fn tuple_touching(body: &[u8], address: Ipv4Addr) -> Option<Vec<u8>> {
-    let (whole, tuple) = attribute(body.get(GENERIC_BYTES..)?, CTA_TUPLE_ORIG)?;
-    let (_whole, ip) = attribute(tuple, CTA_TUPLE_IP)?;
+    let tuple = Attribute::find(body.get(GENERIC_BYTES..)?, CTA_TUPLE_ORIG)?;
+    let ip = Attribute::find(tuple.value, CTA_TUPLE_IP)?;
     let octets = address.octets();
     let touches = [CTA_IP_V4_SRC, CTA_IP_V4_DST]
         .into_iter()
-        .any(|end| attribute(ip, end).is_some_and(|(_whole, value)| value == octets));
-    touches.then(|| whole.to_vec())
+        .any(|end| Attribute::find(ip.value, end).is_some_and(|ip| ip.value == octets));
+    touches.then(|| tuple.whole.to_vec())
 }
 
 #[cfg(test)]

@@ -99,7 +99,7 @@ fn builds_are_tried_again_with_longer_pauses() {
 #[test]
 fn more_than_max_size_is_accepted_in_part_and_a_dying_machine_counts_until_released() {
     let (mut state, ids) = started(MAX_SIZE + 3);
-    assert_eq!(ids.len() as u32, MAX_SIZE);
+    assert_eq!(u32::try_from(ids.len()), Ok(MAX_SIZE));
     let gone = vec![ids[0].to_string()];
     step(&mut state, at(1), Event::Decrease { ids: gone });
     assert_eq!(increase(&mut state, 1).0, 0, "its slot is not free yet");

@@ -137,5 +137,5 @@ impl Pool {
     }
 }
 
-#[cfg(all(test, feature = "test-vmm"))]
+#[cfg(test)]
 mod pool_test;

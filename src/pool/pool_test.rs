@@ -1,5 +1,8 @@
 //! The pool as its callers see it, over a VMM that boots nothing: needs the feature `test-vmm`.
 
+#![cfg(feature = "test-vmm")]
+#![expect(clippy::print_stderr, reason = "a measurement is shown")]
+
 use std::time::Duration;
 
 use super::keys::SshKeyType;
