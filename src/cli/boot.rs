@@ -16,6 +16,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use anyhow::{Context, bail};
+use terminal::Signals;
 
 use crate::net;
 use crate::vmm::{self, BootPhase, DiskSource, DiskSpec, KernelSource, NetSpec, VmSpec};
@@ -115,13 +116,17 @@ impl FromStr for NetArg {
 pub fn run(args: BootArgs) -> ExitCode {
     let timing = args.timing;
     let on_terminal = args.console.as_os_str() == "stdio";
-    let started = machine(args).and_then(|spec| Ok(vmm::start(spec, Box::new(|_end| {}))?));
+    let started = machine(args).and_then(|spec| {
+        let signals = Signals::catch().context("cannot catch signals")?;
+        let handle = vmm::start(spec, Box::new(|_end| {}))?;
+        signals.end(&handle);
+        Ok(handle)
+    });
     let handle = match started {
         Ok(handle) => handle,
         Err(error) => return failed(&error),
     };
     let terminal = on_terminal.then(|| terminal::attach(&handle));
-    terminal::end_on_signals(&handle);
     let end = handle.wait();
     // The terminal is itself again before anything is printed.
     drop(terminal);

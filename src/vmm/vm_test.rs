@@ -259,6 +259,29 @@ fn a_thousand_register_accesses_and_string_io_of_any_length_end_well() {
     assert_eq!(end_of(code.power_off()), VmEnd::PowerOff);
 }
 
+/// mov ecx, msr; mov eax, low; mov edx, high; wrmsr
+fn write_msr(code: Code, msr: u32, value: u64) -> Code {
+    let [low, high] = [value & 0xffff_ffff, value >> 32].map(|half| u32::try_from(half).unwrap());
+    let code = code.raw(&[0xb9]).raw(&msr.to_le_bytes());
+    let code = code.raw(&[0xb8]).raw(&low.to_le_bytes());
+    code.raw(&[0xba])
+        .raw(&high.to_le_bytes())
+        .raw(&[0x0f, 0x30])
+}
+
+#[test]
+fn an_unknown_msr_and_a_clock_page_outside_memory_hurt_the_guest_only() {
+    let unknown = write_msr(Code::new(), 0x1234_5678, 1);
+    assert_eq!(end_of(unknown.power_off()), VmEnd::TripleFault);
+    // MSR_KVM_SYSTEM_TIME_NEW, enabled, far beyond RAM.
+    let clock = write_msr(Code::new(), 0x4b56_4d01, 0x7f_ffff_f001);
+    let end = end_of(clock.power_off());
+    assert!(
+        matches!(end, VmEnd::PowerOff | VmEnd::TripleFault),
+        "{end:?}"
+    );
+}
+
 /// Open descriptors and threads of this process.
 fn held() -> (usize, usize) {
     let count = |dir| std::fs::read_dir(dir).unwrap().count();

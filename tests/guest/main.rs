@@ -4,6 +4,10 @@
 //! that it is skipped, or fails if FLEETINGD_REQUIRE_GUEST=1. `./dev rig` has such a KVM.
 
 #![expect(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
+#![expect(
+    clippy::indexing_slicing,
+    reason = "a test may stop at the first surprise"
+)]
 #![expect(clippy::panic, reason = "a test may stop at the first surprise")]
 
 mod disk;
@@ -47,7 +51,8 @@ fn files() -> Option<&'static Files> {
             );
             let name = std::thread::current().name().unwrap_or("?").to_owned();
             // Past the harness, which swallows what passing tests print.
-            writeln!(std::io::stderr(), "SKIP: {name}: {reason}").unwrap();
+            let mut out = std::io::stderr();
+            writeln!(out, "SKIP: {name}: {reason}").unwrap();
             None
         }
     }

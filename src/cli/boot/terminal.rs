@@ -8,6 +8,8 @@ use std::io::{self, Read, Write};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcgetwinsize, tcsetattr};
+use tokio::runtime::Runtime;
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::vmm::VmHandle;
 
@@ -19,34 +21,42 @@ const RESIZE_LOOK: Timespec = Timespec {
     tv_nsec: 0,
 };
 
-/// SIGINT, SIGTERM and SIGHUP end the machine, and with it this command.
-pub fn end_on_signals(handle: &VmHandle) {
-    use tokio::signal::unix::{SignalKind, signal};
-    let handle = handle.clone();
-    let wait = async move {
-        let (Ok(mut int), Ok(mut term), Ok(mut hup)) = (
-            signal(SignalKind::interrupt()),
-            signal(SignalKind::terminate()),
-            signal(SignalKind::hangup()),
-        ) else {
-            return;
-        };
-        tokio::select! {
-            _ = int.recv() => {}
-            _ = term.recv() => {}
-            _ = hup.recv() => {}
-        }
-        handle.kill();
-    };
-    std::thread::spawn(move || {
+/// SIGINT, SIGTERM and SIGHUP, caught from here on.
+pub struct Signals {
+    runtime: Runtime,
+    caught: [Signal; 3],
+}
+
+impl Signals {
+    pub fn catch() -> io::Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_io()
-            .build();
-        // Without it signals keep their default: they end the process.
-        if let Ok(runtime) = runtime {
-            runtime.block_on(wait);
-        }
-    });
+            .build()?;
+        let inside = runtime.enter();
+        let caught = [
+            signal(SignalKind::interrupt())?,
+            signal(SignalKind::terminate())?,
+            signal(SignalKind::hangup())?,
+        ];
+        drop(inside);
+        Ok(Self { runtime, caught })
+    }
+
+    /// The first of them ends the machine, and with it this command.
+    pub fn end(self, handle: &VmHandle) {
+        let handle = handle.clone();
+        std::thread::spawn(move || {
+            let [mut int, mut term, mut hup] = self.caught;
+            self.runtime.block_on(async {
+                tokio::select! {
+                    _ = int.recv() => {}
+                    _ = term.recv() => {}
+                    _ = hup.recv() => {}
+                }
+            });
+            handle.kill();
+        });
+    }
 }
 
 /// The terminal in raw mode; itself again when dropped.
