@@ -106,9 +106,7 @@ impl Machine {
         let mut panicked_since = None;
         loop {
             if lost_memory.is_raised() {
-                self.shared.ending.record(VmEnd::HostFault {
-                    reason: "a page of the machine's memory was lost (SIGBUS)".to_owned(),
-                });
+                self.shared.ending.record(memory_was_lost());
             }
             // Cleared first: what is recorded or sent from here on wakes again.
             let _empty = self.shared.ending.wake_event().read();
@@ -244,8 +242,12 @@ impl Machine {
         }
     }
 
-    /// What the end is called, now that the console has all there was to say.
+    /// What the end is called, now that everything has stopped: what the guest did after the host
+    /// had lost a page of its memory, and before that was noticed, says nothing.
     fn name_end(&self, end: VmEnd) -> VmEnd {
+        if self.memory.host_fault().is_raised() && end != VmEnd::Killed {
+            return memory_was_lost();
+        }
         let by_kernel = matches!(end, VmEnd::Reboot | VmEnd::TripleFault);
         if by_kernel && self.sink.panicked() {
             return VmEnd::Panic {
@@ -253,6 +255,12 @@ impl Machine {
             };
         }
         end
+    }
+}
+
+fn memory_was_lost() -> VmEnd {
+    VmEnd::HostFault {
+        reason: "a page of the machine's memory was lost (SIGBUS)".to_owned(),
     }
 }
 
