@@ -91,8 +91,11 @@ pub fn set_names(identity: &Identity) -> Result<(), GuestError> {
         .map_err(|e| GuestError::act("set the host name")(e.into()))?;
     write_file("/etc/hostname", &format!("{}\n", identity.hostname), 0o644)?;
     let old_id = fs::read_to_string("/etc/machine-id").unwrap_or_default();
-    for journals in ["/run/log/journal", "/var/log/journal"] {
-        keep_journal_readable(Path::new(journals), old_id.trim(), &identity.machine_id);
+    let mut journals = ["/var/log/journal", "/run/log/journal"]
+        .map(Path::new)
+        .into_iter();
+    if let Some(journals) = journals.find(|folder| folder.is_dir()) {
+        keep_journal_readable(journals, old_id.trim(), &identity.machine_id);
     }
     write_file(
         "/etc/machine-id",
@@ -107,7 +110,7 @@ pub fn set_names(identity: &Identity) -> Result<(), GuestError> {
 /// the new one: a link makes them meet. Only a log is lost where that fails.
 fn keep_journal_readable(journals: &Path, old_id: &str, new_id: &str) {
     let is_id = |id: &str| id.len() == 32 && id.bytes().all(|b| b.is_ascii_hexdigit());
-    if journals.is_dir() && is_id(old_id) && is_id(new_id) && old_id != new_id {
+    if is_id(old_id) && is_id(new_id) && old_id != new_id {
         let _ = std::os::unix::fs::symlink(old_id, journals.join(new_id));
     }
 }
@@ -233,7 +236,7 @@ mod tests {
         fs::write(dir.path().join(&old).join("system.journal"), "x").unwrap();
         assert!(dir.path().join(&new).join("system.journal").exists());
         keep_journal_readable(dir.path(), "../../etc", &"2".repeat(32));
-        keep_journal_readable(&dir.path().join("none"), &old, &new);
+        keep_journal_readable(dir.path(), &old, &old);
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2);
     }
 
