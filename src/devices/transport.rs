@@ -398,8 +398,10 @@ impl Transport {
             return;
         }
         let Some(queues) = self.running_queues(wiring) else {
-            tracing::warn!(device = ?self.kind, "guest set up a queue that cannot be");
-            self.flag.raise();
+            if self.flag.raise() {
+                let count = self.flag.count();
+                tracing::warn!(device = ?self.kind, count, "guest set up a queue that cannot be");
+            }
             wiring.interrupt(self.state.config_vector).signal();
             return;
         };

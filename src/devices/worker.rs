@@ -40,9 +40,12 @@ impl FaultFlag {
         self.needs_reset.store(false, Ordering::Release);
     }
 
-    pub fn raise(&self) {
+    /// Raises the flag and counts. True if this fault is worth a log line: a guest can repeat it
+    /// for ever, so only every doubling of the count is.
+    pub fn raise(&self) -> bool {
         self.needs_reset.store(true, Ordering::Release);
-        self.count.fetch_add(1, Ordering::Relaxed);
+        let before = self.count.fetch_add(1, Ordering::Relaxed);
+        before.wrapping_add(1).is_power_of_two()
     }
 
     pub fn count(&self) -> u64 {
@@ -215,8 +218,10 @@ impl Active {
         match fault {
             Fault::Guest(fault) => {
                 let kind = self.device.kind();
-                tracing::warn!(device = ?kind, "guest broke the virtio contract: {fault}");
-                self.flag.raise();
+                if self.flag.raise() {
+                    let count = self.flag.count();
+                    tracing::warn!(device = ?kind, count, "guest broke the virtio contract: {fault}");
+                }
                 // virtio 1.2, 2.1.2: tell the driver that the device needs a reset.
                 self.config_interrupt.signal();
             }

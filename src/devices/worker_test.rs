@@ -251,3 +251,12 @@ fn a_worker_that_goes_takes_its_devices_along() {
     assert_eq!(Arc::strong_count(&kick), 1, "the device's queue is gone");
     assert!(faults.try_recv().is_err());
 }
+
+#[test]
+fn a_guest_that_repeats_its_fault_fills_no_log() {
+    let flag = FaultFlag::default();
+    let said: Vec<u64> = (1..=1000).filter(|_fault| flag.raise()).collect();
+    assert_eq!(said, [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]);
+    assert!(flag.needs_reset());
+    assert_eq!(flag.count(), 1000);
+}
