@@ -17,7 +17,7 @@ use super::irq::IrqRouter;
 use super::layout;
 use super::pci::{Bus, DriverReady, VirtioFunction};
 use super::platform::{Events, Platform};
-use super::spec::{BootPhase, DiskSource, DiskSpec, NetSpec, VmEnd, VmSpec};
+use super::spec::{AGENT_PORT, BootPhase, DiskSource, DiskSpec, NetSpec, VmEnd, VmSpec};
 use super::timeline::Timeline;
 use super::vcpu::Ending;
 use crate::devices::balloon::Balloon;
@@ -39,8 +39,6 @@ const FIRST_DISK_SLOT: u8 = 5;
 pub(super) const MAX_DISKS: usize = 27;
 /// A balloon counts pages of 4 KiB (virtio 1.2, 5.5.6).
 const PAGES_PER_MIB: u32 = 256;
-/// The agent channel's port in the guest, `/dev/virtio-ports/<name>`.
-const AGENT_PORT: &str = "fleetingd.agent";
 
 /// What devices are wired to.
 pub(super) struct Wiring<'a> {

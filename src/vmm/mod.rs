@@ -29,5 +29,5 @@ mod vm;
 pub use error::{StartError, VmGone};
 pub use handle::{VmHandle, VmStats};
 pub use kvm::{KvmProblem, check_kvm};
-pub use spec::{BootPhase, DiskSource, DiskSpec, KernelSource, NetSpec, VmEnd, VmSpec};
+pub use spec::{AGENT_PORT, BootPhase, DiskSource, DiskSpec, KernelSource, NetSpec, VmEnd, VmSpec};
 pub use vm::start;

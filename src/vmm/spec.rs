@@ -5,6 +5,9 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+/// The agent channel's port in the guest, `/dev/virtio-ports/<name>`.
+pub const AGENT_PORT: &str = "fleetingd.agent";
+
 /// A virtual machine as it is asked for. `start` validates it once.
 #[derive(Debug)]
 pub struct VmSpec {

@@ -79,6 +79,11 @@ taskset 2 poweroff -f
 }
 
 #[test]
+fn host_and_guest_mean_the_same_agent_channel() {
+    assert_eq!(vmm::AGENT_PORT, fleetingd::agent::proto::PORT_NAME);
+}
+
+#[test]
 fn a_reboot_ends_the_machine() {
     let Some(files) = files() else { return };
     let guest = boot(files, "reboot -f", |_spec| {});
