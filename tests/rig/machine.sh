@@ -64,7 +64,7 @@ rig() {
 rig_host() {
     (($#)) || set -- "${SHELL:-/bin/bash}"
     mkdir -p "$RIG/data"
-    cd "$CALLER_PWD"
+    cd "$CALLER_PWD" || return
     as_root env PATH="$PATH" RIG_OUT="$RIG/out" RIG_DATA="$RIG/data" timeout --foreground "${RIG_TIMEOUT:-3600}" "$@"
 }
 

@@ -112,7 +112,7 @@ count_tests() {
     mapfile -t skipped < <(awk '
         /^--- PASS: / { ran[$3] = 1 }
         /^--- SKIP: / { skipped[$3] = 1 }
-        /^SKIP: / { skipped[$2] = 1 }
+        /^SKIP: / { sub(/:$/, "", $2); skipped[$2] = 1 }
         /^test .* \.\.\. ignored/ { skipped[$2] = 1 }
         END { for (test in skipped) if (!(test in ran)) print test }' "$log")
     for test in "${skipped[@]}"; do say "SKIPPED in tier $tier: $test, see $log"; done
