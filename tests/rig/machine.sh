@@ -54,14 +54,17 @@ rig_kind() {
 
 # rig [COMMAND...]: exit code and output are the command's.
 rig() {
+    local kind
     (($#)) || [[ -t 0 && -t 1 ]] || die "nothing to run; hint: ./dev rig COMMAND, or a terminal for a shell"
+    kind=$(rig_kind)
     mkdir -p "$RIG/out"
-    if [[ $(rig_kind) == host ]]; then rig_host "$@"; else rig_nested "$@"; fi
+    "rig_$kind" "$@"
 }
 
 rig_host() {
     (($#)) || set -- "${SHELL:-/bin/bash}"
     mkdir -p "$RIG/data"
+    cd "$CALLER_PWD" || return
     as_root env PATH="$PATH" RIG_OUT="$RIG/out" RIG_DATA="$RIG/data" timeout --foreground "${RIG_TIMEOUT:-3600}" "$@"
 }
 

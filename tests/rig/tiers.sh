@@ -56,7 +56,7 @@ rig_cargo() {
 # What the programs of a test find in their environment.
 test_environment() {
     export FLEETINGD_BIN=$BIN FLEETINGD_PLUGIN=$BIN
-    export FLEETINGD_GUEST_DIR=$RIG/guest FLEETINGD_GUEST_DIR_NEW=$RIG/guest13
+    export FLEETINGD_REQUIRE_GUEST=1 FLEETINGD_GUEST_DIR=$RIG/guest FLEETINGD_GUEST_DIR_NEW=$RIG/guest13
     export FLEETINGD_TOOLS=$RIG/tools.ext4 FLEETINGD_IMAGES=$RIG/images
 }
 
@@ -101,16 +101,21 @@ minutes() { awk -v s="$1" 'BEGIN { printf "%7.1f", s / 60 }'; }
 
 # count_tests TIER LOG CODE: sets TIER_PASSED and TIER_FAILED from the lines of cargo's and Go's
 # runners. A command that failed without a failed test counts as one, and so does a tier of tests
-# in which none ran.
+# in which none ran. What was skipped and passed in no other run of the tier is named.
 count_tests() {
-    local tier=$1 log=$2 code=$3 skipped
-    read -r TIER_PASSED TIER_FAILED skipped < <(awk '
-        /^test result: / { passed += $4; failed += $6; skipped += $8 }
+    local tier=$1 log=$2 code=$3 skipped test
+    read -r TIER_PASSED TIER_FAILED < <(awk '
+        /^test result: / { passed += $4; failed += $6 }
         /^--- PASS: / { passed++ }
         /^--- FAIL: / { failed++ }
-        /^--- SKIP: / { skipped++ }
-        END { print passed + 0, failed + 0, skipped + 0 }' "$log")
-    if ((skipped)); then say "tier $tier: $skipped tests SKIPPED, see $log"; fi
+        END { print passed + 0, failed + 0 }' "$log")
+    mapfile -t skipped < <(awk '
+        /^--- PASS: / { ran[$3] = 1 }
+        /^--- SKIP: / { skipped[$3] = 1 }
+        /^SKIP: / { sub(/:$/, "", $2); skipped[$2] = 1 }
+        /^test .* \.\.\. ignored/ { skipped[$2] = 1 }
+        END { for (test in skipped) if (!(test in ran)) print test }' "$log")
+    for test in "${skipped[@]}"; do say "SKIPPED in tier $tier: $test, see $log"; done
     case $tier in format | lint) ;; *) ((TIER_PASSED)) || code=1 ;; esac
     if ((code && !TIER_FAILED)); then TIER_FAILED=1; fi
 }
