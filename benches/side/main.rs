@@ -15,6 +15,8 @@ mod memory;
 mod net;
 mod report;
 mod speed;
+mod tap;
+mod worker;
 
 use std::path::PathBuf;
 
@@ -30,9 +32,10 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 /// A part of the report: a name for `FLEETINGD_BENCH`, and what measures it.
 type Part = (&'static str, fn(&Guest) -> anyhow::Result<Vec<Row>>);
 
-const PARTS: [Part; 5] = [
+const PARTS: [Part; 6] = [
     ("speed", speed::rows),
     ("boot", boot::measure),
+    ("worker", worker::measure),
     ("memory", memory::measure),
     ("disk", disk::measure),
     ("net", net::measure),
