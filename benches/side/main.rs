@@ -20,7 +20,7 @@ mod worker;
 
 use std::path::PathBuf;
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 
 use guest::Guest;
 use report::Row;
@@ -46,6 +46,7 @@ fn main() -> anyhow::Result<()> {
     let wanted = std::env::var("FLEETINGD_BENCH").unwrap_or_default();
     let guest = Guest::from_environment()?;
     let mut rows = Vec::new();
+    let mut failed = Vec::new();
     for (name, measure) in PARTS {
         if !wanted.is_empty() && wanted.split(',').all(|part| part != name) {
             continue;
@@ -57,6 +58,7 @@ fn main() -> anyhow::Result<()> {
             Err(error) => {
                 eprintln!("bench: {name} failed: {error:#}");
                 rows.push(Row::failed(name));
+                failed.push(name);
             }
         }
     }
@@ -66,7 +68,9 @@ fn main() -> anyhow::Result<()> {
     } else {
         report::table(&rows)
     };
-    std::fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))
+    std::fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
+    ensure!(failed.is_empty(), "not measured: {}", failed.join(", "));
+    Ok(())
 }
 
 /// Where the caller looks for the report: the console of the rig carries other things too.

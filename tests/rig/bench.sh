@@ -7,6 +7,7 @@
 # shellcheck shell=bash
 
 bench() {
+    local code=0
     (($# == 0)) || [[ $* == --json ]] || die "unknown argument: $*; hint: --json"
     setup
     images
@@ -21,6 +22,7 @@ bench() {
     rm -f "$RIG/out/bench"
     export FLEETINGD_BENCH_IMAGE=$RIG/out/bench.raw
     tests/rig/with-agent "$RIG/images/small.raw" "$BIN" "$FLEETINGD_BENCH_IMAGE"
-    cargo bench --config "$(runner "$ROOT/dev" rig)" --features test-vmm --bench side -- "$@" >&2
+    cargo bench --config "$(runner "$ROOT/dev" rig)" --features test-vmm --bench side -- "$@" >&2 || code=$?
     cat "$RIG/out/bench"
+    return "$code"
 }
