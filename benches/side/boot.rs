@@ -24,6 +24,7 @@ pub fn measure(guest: &Guest) -> anyhow::Result<Vec<Row>> {
         cmdline: guest::first_process(MARKER),
         disks: Vec::new(),
         tap: None,
+        agent: false,
     };
     // What the guest does with its drivers is the same work everywhere: here each VMM's own part
     // shows in PCI, interrupts and the disk.

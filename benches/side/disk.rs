@@ -70,6 +70,7 @@ pub fn measure(guest: &Guest) -> anyhow::Result<Vec<Row>> {
         cmdline: guest::script(&script()),
         disks: vec![target.clone(), guest.local(&guest.tools)?],
         tap: None,
+        agent: false,
     };
     // It is written in place: a copy of its own.
     let raw = Machine {

@@ -54,3 +54,8 @@ pub fn first_process(marker: &str) -> String {
 pub fn script(text: &str) -> String {
     format!("{CMDLINE} fleetingd.run={}", URL_SAFE_NO_PAD.encode(text))
 }
+
+/// A command line that goes on with the init of a disk's root file system.
+pub fn root(device: &str) -> String {
+    format!("{CMDLINE} root={device}")
+}

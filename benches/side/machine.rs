@@ -1,10 +1,11 @@
 //! One machine, and how each VMM is asked for it.
 
 use std::fs::File;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use fleetingd::net::open_tap;
@@ -14,7 +15,8 @@ use super::console::Console;
 
 const EXECUTABLE: &str = env!("CARGO_BIN_EXE_fleeting-plugin-fleetingd");
 const MTU: u16 = 1500;
-const MAC: [u8; 6] = [0x52, 0x54, 0, 0x12, 0x34, 0x56];
+/// Of the guest's card.
+pub const MAC: [u8; 6] = [0x52, 0x54, 0, 0x12, 0x34, 0x56];
 
 /// What is booted.
 #[derive(Clone)]
@@ -27,6 +29,9 @@ pub struct Machine {
     pub disks: Vec<PathBuf>,
     /// An existing TAP.
     pub tap: Option<&'static str>,
+    /// Whether there is a port for our agent; its link is down until [`Running::raise_link`]
+    /// where the VMM can do that.
+    pub agent: bool,
 }
 
 /// Who boots it.
@@ -69,6 +74,21 @@ enum End {
 }
 
 impl Running {
+    /// The host's end of the agent's port.
+    pub fn agent(&self) -> anyhow::Result<UnixStream> {
+        match &self.end {
+            End::Process(_) => connect(&agent_socket()),
+            End::Embedded(handle) => handle.take_agent().context("no agent channel"),
+        }
+    }
+
+    pub fn raise_link(&self) -> anyhow::Result<()> {
+        match &self.end {
+            End::Process(_) => Ok(()),
+            End::Embedded(handle) => Ok(handle.set_link(true)?),
+        }
+    }
+
     /// The process's id; `None` of a VM of this one.
     pub fn pid(&self) -> Option<u32> {
         match &self.end {
@@ -166,7 +186,7 @@ fn embedded(machine: &Machine, vhost: bool, started: Instant) -> anyhow::Result<
             tap: open_tap(tap)?.into(),
             mac: MAC,
             mtu: MTU,
-            link_up: true,
+            link_up: !machine.agent,
             vhost,
         }),
     };
@@ -180,7 +200,7 @@ fn embedded(machine: &Machine, vhost: bool, started: Instant) -> anyhow::Result<
         disks,
         net,
         console: Some(File::from(std::os::fd::OwnedFd::from(writer))),
-        agent_channel: false,
+        agent_channel: machine.agent,
     };
     let handle = vmm::start(spec, Box::new(|_end| {}))?;
     Ok(Running {
@@ -235,9 +255,40 @@ fn qemu(machine: &Machine, drive: &str, vhost: bool) -> Command {
                 "-netdev",
                 &format!("tap,id=n,ifname={tap},script=no,downscript=no,vhost={vhost}"),
             ])
-            .args(["-device", "virtio-net-pci,netdev=n"]);
+            .args(["-device", "virtio-net-pci,netdev=n,mac=52:54:00:12:34:56"]);
+    }
+    if machine.agent {
+        let path = agent_socket();
+        command
+            .args(["-device", "virtio-serial-pci", "-chardev"])
+            .arg(format!(
+                "socket,id=agent,server=on,wait=off,path={}",
+                path.display()
+            ))
+            .args([
+                "-device",
+                "virtserialport,chardev=agent,name=fleetingd.agent",
+            ]);
     }
     command
+}
+
+/// Where QEMU listens for the host's end of the agent's port.
+fn agent_socket() -> PathBuf {
+    std::env::temp_dir().join("fleetingd-bench-agent")
+}
+
+/// The VMM's process has only just been started.
+fn connect(path: &Path) -> anyhow::Result<UnixStream> {
+    let started = Instant::now();
+    loop {
+        match UnixStream::connect(path) {
+            Err(_early) if started.elapsed().as_secs() < 60 => {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            other => return other.context("cannot connect to the agent's port"),
+        }
+    }
 }
 
 /// Only machines without disks and cards: its devices are not on PCI.

@@ -15,10 +15,12 @@ mod memory;
 mod net;
 mod report;
 mod speed;
+mod tap;
+mod worker;
 
 use std::path::PathBuf;
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 
 use guest::Guest;
 use report::Row;
@@ -30,9 +32,10 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 /// A part of the report: a name for `FLEETINGD_BENCH`, and what measures it.
 type Part = (&'static str, fn(&Guest) -> anyhow::Result<Vec<Row>>);
 
-const PARTS: [Part; 5] = [
+const PARTS: [Part; 6] = [
     ("speed", speed::rows),
     ("boot", boot::measure),
+    ("worker", worker::measure),
     ("memory", memory::measure),
     ("disk", disk::measure),
     ("net", net::measure),
@@ -43,6 +46,7 @@ fn main() -> anyhow::Result<()> {
     let wanted = std::env::var("FLEETINGD_BENCH").unwrap_or_default();
     let guest = Guest::from_environment()?;
     let mut rows = Vec::new();
+    let mut failed = Vec::new();
     for (name, measure) in PARTS {
         if !wanted.is_empty() && wanted.split(',').all(|part| part != name) {
             continue;
@@ -54,6 +58,7 @@ fn main() -> anyhow::Result<()> {
             Err(error) => {
                 eprintln!("bench: {name} failed: {error:#}");
                 rows.push(Row::failed(name));
+                failed.push(name);
             }
         }
     }
@@ -63,7 +68,9 @@ fn main() -> anyhow::Result<()> {
     } else {
         report::table(&rows)
     };
-    std::fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))
+    std::fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
+    ensure!(failed.is_empty(), "not measured: {}", failed.join(", "));
+    Ok(())
 }
 
 /// Where the caller looks for the report: the console of the rig carries other things too.

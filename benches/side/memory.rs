@@ -21,6 +21,7 @@ pub fn measure(guest: &Guest) -> anyhow::Result<Vec<Row>> {
         cmdline: guest::script(&format!("echo {MARKER}; sleep 10000")),
         disks: vec![guest.local(&guest.tools)?],
         tap: None,
+        agent: false,
     };
     // The first machine brings what all of them share.
     let embedded = Vmm::Embedded { vhost: true };

@@ -2,15 +2,13 @@
 
 use std::process::{Child, Command, Stdio};
 
-use anyhow::{Context, ensure};
+use anyhow::Context;
 
 use super::guest::{self, Guest};
 use super::machine::{Machine, QEMU_OVERLAY, Vmm};
 use super::report::{Better, Budget, Row, median};
+use super::tap::{GUEST, HOST, TAP, Tap};
 
-const TAP: &str = "fltdbench";
-const HOST: &str = "198.18.0.1";
-const GUEST: &str = "198.18.0.2";
 const SECONDS: u32 = 8;
 const ROUNDS: usize = 3;
 
@@ -24,6 +22,7 @@ pub fn measure(guest: &Guest) -> anyhow::Result<Vec<Row>> {
         cmdline: guest::script(&script()),
         disks: Vec::new(),
         tap: Some(TAP),
+        agent: false,
     };
     let has_vhost = std::path::Path::new("/dev/vhost-net").exists();
     let mut rows = Vec::new();
@@ -93,44 +92,13 @@ fn once(vmm: &Vmm, machine: &Machine) -> anyhow::Result<(f64, f64)> {
     }
 }
 
-/// A persistent TAP with an address; gone when dropped.
-struct Tap;
-
-impl Tap {
-    fn create() -> anyhow::Result<Self> {
-        // One that a killed run left behind.
-        let _absent = ip(&format!("link delete {TAP}"));
-        ip(&format!("tuntap add {TAP} mode tap vnet_hdr"))?;
-        let tap = Self;
-        ip(&format!("address add {HOST}/30 dev {TAP}"))?;
-        ip(&format!("link set {TAP} up"))?;
-        Ok(tap)
-    }
-}
-
-impl Drop for Tap {
-    fn drop(&mut self) {
-        let _gone = ip(&format!("link delete {TAP}"));
-    }
-}
-
-fn ip(arguments: &str) -> anyhow::Result<()> {
-    let status = Command::new("ip")
-        .args(arguments.split(' '))
-        .stderr(Stdio::null())
-        .status()
-        .context("cannot run ip")?;
-    ensure!(status.success(), "ip {arguments}: {status}");
-    Ok(())
-}
-
 /// An iperf3 server; gone when dropped.
 struct Server(Child);
 
 impl Server {
     fn start() -> anyhow::Result<Self> {
         let server = Command::new("iperf3")
-            .args(["-s", "-B", HOST])
+            .args(["-s", "-B", &HOST.to_string()])
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .spawn();

@@ -3,10 +3,11 @@
 #
 #   --json              one object a line
 #   FLEETINGD_PEERS     a directory with `firecracker` and `cloud-hypervisor`, for boots
-#   FLEETINGD_BENCH     only these parts, by commas: speed boot memory disk net
+#   FLEETINGD_BENCH     only these parts, by commas: speed boot worker memory disk net
 # shellcheck shell=bash
 
 bench() {
+    local code=0
     (($# == 0)) || [[ $* == --json ]] || die "unknown argument: $*; hint: --json"
     setup
     images
@@ -17,7 +18,11 @@ bench() {
     FLEETINGD_RIG=$(rig_kind)
     export FLEETINGD_RIG
     [[ ${FLEETINGD_BENCH:-speed} != *speed* ]] || cargo bench --features test-vmm --bench speed --bench musl >&2
+    mkdir -p "$RIG/out"
     rm -f "$RIG/out/bench"
-    cargo bench --config "$(runner "$ROOT/dev" rig)" --features test-vmm --bench side -- "$@" >&2
+    export FLEETINGD_BENCH_IMAGE=$RIG/out/bench.raw
+    tests/rig/with-agent "$RIG/images/small.raw" "$BIN" "$FLEETINGD_BENCH_IMAGE"
+    cargo bench --config "$(runner "$ROOT/dev" rig)" --features test-vmm --bench side -- "$@" >&2 || code=$?
     cat "$RIG/out/bench"
+    return "$code"
 }
