@@ -1,13 +1,13 @@
 # ./dev test: every tier, its minutes, and one line that sums what the runners reported.
 # shellcheck shell=bash
 
-TIERS=(format lint unit fleeting guest)
+TIERS=(format lint unit fleeting e2e guest)
 # The whole command on two cores, builds included.
 BUDGET_MINUTES=45
 
 tier_format() { cargo fmt --check; }
 
-tier_lint() { cargo clippy --all-targets -- -D warnings; }
+tier_lint() { cargo clippy --all-targets --features test-vmm -- -D warnings; }
 
 # Unit, device, network-namespace and micro-guest tests: all but the targets that need the rig.
 tier_unit() {
@@ -16,7 +16,7 @@ tier_unit() {
         file=${file%/main.rs} file=${file##*/} file=${file%.rs}
         [[ $file == '*' || " ${RIG_TARGETS[*]} " == *" $file "* ]] || targets+=(--test "$file")
     done
-    cargo test --config "$(runner "${AS_ROOT[@]}")" --no-fail-fast --lib --bins "${targets[@]}"
+    cargo test --features test-vmm --config "$(runner "${AS_ROOT[@]}")" --no-fail-fast --lib --bins "${targets[@]}"
 }
 
 # GitLab's own libraries against the executable: with machines that boot nothing here, with real
@@ -36,10 +36,13 @@ END
     "$ROOT/dev" rig "$test" -test.v -test.timeout=40m
 }
 
+# The executable with real machines, as an operator's host sees it.
+tier_e2e() { rig_cargo test --no-fail-fast --test e2e -- --test-threads=1; }
+
 tier_guest() { rig_cargo test --no-fail-fast --test guest; }
 
 # Targets of cargo that run in the rig.
-RIG_TARGETS=(guest soak)
+RIG_TARGETS=(e2e guest soak)
 
 # runner WORD...: cargo's setting that starts test programs by a command.
 runner() {
