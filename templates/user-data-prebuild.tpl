@@ -37,6 +37,7 @@ write_files:
       results=/run/fleetingd/results
       state=/var/lib/fleetingd
       warnings=
+      offline=no
 
       say() {
           echo "[fleetingd: $*]"
@@ -119,6 +120,7 @@ write_files:
               apt_get 1800 upgrade --with-new-pkgs || warn 'the package upgrade failed'
               apt_get 600 install --no-install-recommends git curl ca-certificates sudo
           else
+              offline=yes
               warn 'the package lists could not be fetched: nothing was upgraded'
           fi
           for tool in git curl sudo; do
@@ -158,6 +160,7 @@ write_files:
       }
 
       runner_package() (
+          [ $offline = no ] || exit 1
           . /etc/os-release
           key=/usr/share/keyrings/gitlab-runner.asc
           list=/etc/apt/sources.list.d/gitlab-runner.list
