@@ -1,7 +1,8 @@
 //! Host-wide locks in a folder that only root can write: what two processes must not share.
 //!
 //! A lock is a flock on a small file; it ends with the descriptor, so a killed process leaves
-//! none. Files are never removed: removing one would let two processes lock different inodes.
+//! none. A living one unlocks before it closes: a child of ours that is between fork and exec still
+//! has a copy of the descriptor. Files are never removed: removing one would let two processes lock different inodes.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
@@ -15,7 +16,14 @@ use super::NetError;
 /// A held lock; dropping it gives it up.
 #[derive(Debug)]
 pub struct Lock {
-    _file: File,
+    file: File,
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        // The close that follows gives it up as well, if a little later.
+        let _closed_anyway = flock(&self.file, FlockOperation::Unlock);
+    }
 }
 
 /// The folder of locks.
@@ -63,7 +71,7 @@ impl RunDir {
             .open(&path)
             .map_err(fail)?;
         match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => Ok(Some(Lock { _file: file })),
+            Ok(()) => Ok(Some(Lock { file })),
             Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
             Err(e) => Err(fail(e.into())),
         }
