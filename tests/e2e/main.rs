@@ -83,9 +83,10 @@ impl Place {
         let text = format!(
             "vm_image = {image:?}\n\
              vm_disk_directory = {data:?}\n\
-             vm_disk_size_gb = 6\n\
+             vm_disk_size_gb = 4\n\
              vm_memory_mb = 768\n\
              vm_num_cpu_cores = 1\n\
+             memory_overcommit = 16\n\
              boot_timeout = \"15m\"\n\
              image_build_timeout = \"1h\"\n\
              vm_enable_virtio_console = true\n\
