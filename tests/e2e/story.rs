@@ -48,14 +48,18 @@ impl Story {
         fs::set_permissions(&shell, Permissions::from_mode(0o755))?;
         let main = Plugin::start("main", &place.executable, &place.config("")?).await?;
         let mut machines = main.machines(1).await?;
-        // The image is there: the others need no build.
+        // The image is there: the others need no build. Two at a time, one for each core of the rig.
         let twin = Plugin::start("twin", &place.executable, &place.config("")?).await?;
         let apart = Plugin::start("apart", &shell, &other_settings(&place)?).await?;
-        let (more, of_twin, of_apart) =
-            tokio::join!(main.machines(2), twin.machines(1), apart.machines(1));
-        machines.extend(more?);
-        let of_twin = of_twin?.pop().context("no machine of the twin")?;
-        let of_apart = of_apart?.pop().context("no machine apart")?;
+        let (second, of_twin) = tokio::try_join!(main.machines(1), twin.machines(1))?;
+        machines.extend(second);
+        let (third, of_apart) = tokio::try_join!(main.machines(1), apart.machines(1))?;
+        machines.extend(third);
+        let of_twin = of_twin
+            .into_iter()
+            .next()
+            .context("no machine of the twin")?;
+        let of_apart = of_apart.into_iter().next().context("no machine apart")?;
         Ok(Self {
             place,
             outside,
