@@ -153,8 +153,15 @@ pub async fn serve(
                     Err(error)
                 }
             };
-            vm.kill().await;
-            result
+            match (result, vm.kill().await) {
+                // Its channel closes before its end is known: the end says more than that.
+                (Err(MachineError::Agent(_) | MachineError::Ssh(_) | MachineError::Link), end)
+                    if !matches!(end, VmEnd::Killed) =>
+                {
+                    Err(MachineError::Ended { end })
+                }
+                (result, _killed) => result,
+            }
         }
     };
     drop(promise);
