@@ -105,11 +105,11 @@ func TestThreeMachinesFromRequestToShutdown(t *testing.T) {
 		if !realMachines(t) {
 			continue
 		}
-		job, err := runJob(ctx, info, "set -e\ncd /tmp\nexport GREETING=hello\n(exit 3) || echo \"$GREETING $(hostname) $?\"\nsudo -n id -un\n")
+		job, err := runJob(ctx, info, "set -e\ncd /tmp\nexport GREETING=hello\n(exit 3) || echo \"$GREETING $? $(hostname)\"\nsudo -n id -un\n")
 		if err != nil {
 			t.Fatalf("%s: %v", instance.ID(), err)
 		}
-		if wanted := fmt.Sprintf("hello %s 3\nroot\n", instance.ID()); job != wanted {
+		if wanted := fmt.Sprintf("hello 3 %s\nroot\n", instance.ID()); job != wanted {
 			t.Errorf("%s: the job said %q, not %q", instance.ID(), job, wanted)
 		}
 		if _, err := runJob(ctx, info, "exit 7\n"); err == nil || !strings.Contains(err.Error(), "7") {
