@@ -80,7 +80,7 @@ fn each_end_has_its_exit_code_and_its_words() {
         (out(SLEEP_PORT, 0x34), 0, "powered off"),
         (out(SLEEP_PORT, 1), 10, "rebooted"),
         (vec![0x0f, 0x0b], 11, "triple fault"),
-        (panic, 12, "kernel panic: Kernel panic - not syncing: x"),
+        (panic, 12, "kernel panic: x"),
         (nowhere, 14, "kvm internal error"),
     ] {
         let output = run(&code, &[]);

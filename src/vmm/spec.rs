@@ -116,8 +116,11 @@ impl std::fmt::Display for VmEnd {
             Self::Reboot => write!(f, "rebooted"),
             Self::TripleFault => write!(f, "triple fault"),
             Self::Panic { tail } => {
-                let last = tail.lines().rev().find(|line| line.contains("panic"));
-                write!(f, "kernel panic: {}", last.unwrap_or("no message").trim())
+                write!(
+                    f,
+                    "kernel panic: {}",
+                    panic_message(tail).unwrap_or("no message")
+                )
             }
             Self::Killed => write!(f, "killed"),
             Self::Internal { suberror, detail } => {
@@ -126,6 +129,16 @@ impl std::fmt::Display for VmEnd {
             Self::HostFault { reason } => write!(f, "host fault: {reason}"),
         }
     }
+}
+
+/// What Linux gave as the reason, out of its last lines.
+fn panic_message(tail: &str) -> Option<&str> {
+    const BEFORE: &str = "Kernel panic - not syncing: ";
+    let (_before, message) = tail
+        .lines()
+        .rev()
+        .find_map(|line| line.split_once(BEFORE))?;
+    Some(message.trim_end_matches("]---").trim())
 }
 
 /// A point of the boot that `--timing` reports.
@@ -142,4 +155,25 @@ pub enum BootPhase {
     /// The agent opened its channel.
     AgentOpen,
     Ended,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_is_called_by_its_reason_and_not_by_a_frame_of_its_trace() {
+        let end = |tail: &str| {
+            VmEnd::Panic {
+                tail: tail.to_owned(),
+            }
+            .to_string()
+        };
+        let trace =
+            "[ 1.0] Kernel panic - not syncing: sysrq triggered crash\n[ 1.1]  panic+0x118/0x2f4\n";
+        assert_eq!(end(trace), "kernel panic: sysrq triggered crash");
+        let last = format!("{trace}---[ end Kernel panic - not syncing: Fatal exception ]---\n");
+        assert_eq!(end(&last), "kernel panic: Fatal exception");
+        assert_eq!(end("panic+0x118"), "kernel panic: no message");
+    }
 }
