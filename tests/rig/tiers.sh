@@ -2,8 +2,10 @@
 # shellcheck shell=bash
 
 TIERS=(format lint unit fleeting e2e guest)
-# The whole command on two cores, builds included.
+# The whole command on two cores, builds included. It fails by processor time, which a busy
+# neighbour of this machine does not change: minutes on the clock are shown beside it.
 BUDGET_MINUTES=45
+BUDGET_CORES=2
 
 tier_format() { cargo fmt --check; }
 
@@ -65,7 +67,7 @@ test_environment() {
 
 # run_tests [--without TIER]...
 run_tests() {
-    local without=() tier log lines=() passed=0 failed=0 start code
+    local without=() tier log lines=() passed=0 failed=0 start code used
     while (($#)); do
         [[ $1 == --without && " ${TIERS[*]} " == *" ${2:-} "* ]] || die "unknown argument: $*; hint: --without TIER, one of ${TIERS[*]}"
         without+=("$2")
@@ -91,13 +93,23 @@ run_tests() {
         passed=$((passed + TIER_PASSED)) failed=$((failed + TIER_FAILED))
     done
     printf '\nminutes\n'
-    printf '%s\n' "${lines[@]}" "$(minutes "$SECONDS") of $BUDGET_MINUTES"
-    if ((SECONDS > BUDGET_MINUTES * 60)); then
-        say "over the budget of $BUDGET_MINUTES minutes"
+    printf '%s\n' "${lines[@]}" "$(minutes "$SECONDS") on the clock, of $BUDGET_MINUTES"
+    processor_seconds
+    printf '%s of processor time, of %s\n' "$(minutes "$used")" "$((BUDGET_MINUTES * BUDGET_CORES))"
+    if ((used > BUDGET_MINUTES * BUDGET_CORES * 60)); then
+        say "over the budget of $BUDGET_MINUTES minutes on $BUDGET_CORES cores"
         failed=$((failed + 1))
     fi
     printf '%d passed, %d failed\n' "$passed" "$failed"
     ((failed == 0))
+}
+
+# Sets used to what all that this script waited for has used, in seconds.
+processor_seconds() {
+    # Not by a pipe: it would ask a shell of its own.
+    times >"$RIG/test/times"
+    used=$(awk 'NR == 2 { gsub("s", ""); split($1, user, "m"); split($2, sys, "m")
+        printf "%d", (user[1] + sys[1]) * 60 + user[2] + sys[2] }' "$RIG/test/times")
 }
 
 minutes() { awk -v s="$1" 'BEGIN { printf "%7.1f", s / 60 }'; }
