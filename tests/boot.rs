@@ -2,57 +2,26 @@
 //! few bytes of code, so any KVM will do.
 
 #![expect(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
-#![expect(
-    clippy::indexing_slicing,
-    reason = "a test may stop at the first surprise"
-)]
 
 use std::fs::File;
 use std::io::{Read, Write};
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
+mod tiny_kernel;
+
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{LocalModes, tcgetattr};
+use tiny_kernel::{COM1, NOWHERE, SLEEP_PORT, SPIN, elf, out};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_fleeting-plugin-fleetingd");
-const SLEEP_PORT: u16 = 0x600;
-const COM1: u16 = 0x3f8;
-const SPIN: [u8; 2] = [0xeb, 0xfe];
-
-/// mov dx, port; mov al, value; out dx, al
-fn out(port: u16, value: u8) -> Vec<u8> {
-    let [low, high] = port.to_le_bytes();
-    vec![0x66, 0xba, low, high, 0xb0, value, 0xee]
-}
-
 fn print(text: &str) -> Vec<u8> {
     text.bytes().flat_map(|byte| out(COM1, byte)).collect()
 }
 
-/// An ELF of `code`, loaded and entered at 16 MiB.
 fn kernel(code: &[u8]) -> tempfile::NamedTempFile {
-    let entry = 0x100_0000_u64.to_le_bytes();
-    let size = (code.len() as u64).to_le_bytes();
-    let mut image = vec![0_u8; 120];
-    for (at, bytes) in [
-        (0, &b"\x7fELF\x02\x01\x01"[..]),
-        (16, &[2, 0, 62, 0]),
-        (24, &entry),
-        (32, &[64]),
-        (52, &[64, 0, 56, 0, 1, 0]),
-        (64, &[1, 0, 0, 0, 5]),
-        (72, &[120]),
-        (80, &entry),
-        (88, &entry),
-        (96, &size),
-        (104, &size),
-    ] {
-        image[at..at + bytes.len()].copy_from_slice(bytes);
-    }
     let mut file = tempfile::NamedTempFile::new().unwrap();
-    file.write_all(&image).unwrap();
-    file.write_all(code).unwrap();
+    file.write_all(&elf(code)).unwrap();
     file
 }
 
@@ -74,8 +43,7 @@ fn stderr(output: &Output) -> String {
 #[test]
 fn each_end_has_its_exit_code_and_its_words() {
     let panic = [print("Kernel panic - not syncing: x\n"), out(SLEEP_PORT, 1)].concat();
-    // mov eax, where there is no memory; jmp rax
-    let nowhere = vec![0xb8, 0x00, 0x00, 0x00, 0xd0, 0xff, 0xe0];
+    let nowhere = NOWHERE.to_vec();
     for (code, exit, words) in [
         (out(SLEEP_PORT, 0x34), 0, "powered off"),
         (out(SLEEP_PORT, 1), 10, "rebooted"),

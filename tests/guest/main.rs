@@ -14,6 +14,8 @@ mod disk;
 mod memory;
 mod net;
 mod platform;
+#[path = "../tiny_kernel/mod.rs"]
+mod tiny_kernel;
 
 use std::fs;
 use std::io::Write;

@@ -4,31 +4,8 @@ use std::io::{Read, Write};
 
 use fleetingd::vmm::{self, BootPhase, KernelSource, VmEnd, VmSpec};
 
+use super::tiny_kernel::{NOWHERE, elf};
 use super::{boot, files};
-
-/// Spins in the kernel's place: `jmp` to where there is no memory.
-fn broken_kernel() -> Vec<u8> {
-    let code = [0xb8, 0x00, 0x00, 0x00, 0xd0, 0xff, 0xe0];
-    let entry = 0x100_0000_u64.to_le_bytes();
-    let mut image = vec![0_u8; 120];
-    for (at, bytes) in [
-        (0, &b"\x7fELF\x02\x01\x01"[..]),
-        (16, &[2, 0, 62, 0]),
-        (24, &entry),
-        (32, &[64]),
-        (52, &[64, 0, 56, 0, 1, 0]),
-        (64, &[1, 0, 0, 0, 5]),
-        (72, &[120]),
-        (80, &entry),
-        (88, &entry),
-        (96, &[7]),
-        (104, &[7]),
-    ] {
-        image[at..at + bytes.len()].copy_from_slice(bytes);
-    }
-    image.extend(code);
-    image
-}
 
 #[test]
 fn two_vcpus_and_memory_across_the_hole_from_the_vendors_kernel() {
@@ -114,7 +91,7 @@ fn a_neighbour_survives_whatever_ends_the_others() {
     assert!(tail.contains("sysrq triggered crash"), "{tail}");
 
     let kernel = files.scratch.path().join("broken");
-    std::fs::write(&kernel, broken_kernel()).unwrap();
+    std::fs::write(&kernel, elf(&NOWHERE)).unwrap();
     let broken = vmm::start(
         VmSpec {
             name: "broken".to_owned(),

@@ -41,7 +41,11 @@ END
 # The executable with real machines, as an operator's host sees it.
 tier_e2e() { rig_cargo test --no-fail-fast --test e2e -- --test-threads=1; }
 
-tier_guest() { rig_cargo test --no-fail-fast --test guest; }
+# Stock kernels, and what the unit tier skips where there is no vhost-net.
+tier_guest() {
+    rig_cargo test --features test-vmm --no-fail-fast --lib -- devices::net || return
+    rig_cargo test --no-fail-fast --test guest
+}
 
 # Targets of cargo that run in the rig.
 RIG_TARGETS=(e2e guest soak)
