@@ -62,6 +62,7 @@ fn main() -> anyhow::Result<()> {
             }
         }
     }
+    std::fs::remove_dir_all(&guest.data).context("cannot remove the disks")?;
     let path = output()?;
     let text = if json {
         report::json_lines(&rows)

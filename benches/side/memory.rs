@@ -47,12 +47,7 @@ pub fn measure(guest: &Guest) -> anyhow::Result<Vec<Row>> {
         .value(ours)
         .peer(QEMU.name(), theirs)
         .budget(Budget::Value(BUDGET_MIB)),
-        Row::new(
-            "memory of the process before its first VM",
-            "MiB",
-            Better::Lower,
-        )
-        .value(before),
+        Row::new("memory of the process without a VM", "MiB", Better::Lower).value(before),
     ])
 }
 

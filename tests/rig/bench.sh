@@ -21,7 +21,9 @@ bench() {
     mkdir -p "$RIG/out"
     rm -f "$RIG/out/bench"
     export FLEETINGD_BENCH_IMAGE=$RIG/out/bench.raw
-    tests/rig/with-agent "$RIG/images/small.raw" "$BIN" "$FLEETINGD_BENCH_IMAGE"
+    # Its lines for debuggers would not fit into the image.
+    strip -g -o "$RIG/out/agent" "$BIN"
+    tests/rig/with-agent "$RIG/images/small.raw" "$RIG/out/agent" "$FLEETINGD_BENCH_IMAGE"
     cargo bench --config "$(runner "$ROOT/dev" rig)" --features test-vmm --bench side -- "$@" >&2 || code=$?
     cat "$RIG/out/bench"
     return "$code"
