@@ -144,9 +144,17 @@ impl Store {
         self.instance_data.create_truncated(&console_name(instance))
     }
 
-    /// Removes an instance's console.
-    pub fn remove_console(&self, instance: &str) -> Result<(), ImageError> {
-        self.instance_data.remove(&console_name(instance))
+    /// Removes all but the newest `keep` consoles of a group's workers, whose names sort by age.
+    pub fn prune_consoles(&self, group: &str, keep: usize) -> Result<(), ImageError> {
+        let (prefix, suffix) = (format!("{group}-"), console_name(""));
+        let mut names = self.instance_data.names()?;
+        names.retain(|name| name.starts_with(&prefix) && name.ends_with(&suffix));
+        names.sort();
+        let surplus = names.len().saturating_sub(keep);
+        for name in names.iter().take(surplus) {
+            self.instance_data.remove(name)?;
+        }
+        Ok(())
     }
 
     /// Removes what dead builders left and every generation that nobody holds, but for `keep`.

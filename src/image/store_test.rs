@@ -218,7 +218,12 @@ fn consoles_are_files_of_their_instance_alone() {
     for name in ["../x", "a/b", "/etc/x", "", ".."] {
         assert!(store.create_console(name).is_err(), "{name}");
     }
-    store.remove_console("fleetingd0").unwrap();
-    store.remove_console("fleetingd0").unwrap();
-    assert!(!path.exists());
+    for instance in ["g-2", "g-b", "g-a", "gg-2"] {
+        store.create_console(instance).unwrap();
+    }
+    store.prune_consoles("g", 2).unwrap();
+    for (instance, kept) in [("g-2", false), ("g-a", true), ("g-b", true), ("gg-2", true)] {
+        assert_eq!(store.console_path(instance).exists(), kept, "{instance}");
+    }
+    assert!(path.exists(), "the build's console is nobody's surplus");
 }

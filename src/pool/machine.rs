@@ -33,6 +33,8 @@ const CMDLINE: &str = "console=hvc0 quiet clocksource=kvm-clock reboot=a panic=-
 const SSH_PORT: u16 = 22;
 /// Lines of a failed machine's console that go to the log.
 const CONSOLE_TAIL_BYTES: usize = 2048;
+/// Consoles of workers that stay for a look afterwards.
+const KEPT_CONSOLES: usize = 100;
 /// Between two tries to log in: sshd has shown its banner, so the first one works as a rule.
 const LOGIN_PAUSE: Duration = Duration::from_millis(50);
 
@@ -100,6 +102,7 @@ pub async fn run(
         Ok(()) | Err(MachineError::Stopped) => {
             tracing::info!(instance = %id, "machine is gone");
         }
+        Err(MachineError::Ended { end }) => tracing::warn!(instance = %id, "machine ended: {end}"),
         Err(error) => tracing::warn!(instance = %id, "machine failed: {}", chain(&error)),
     }
 }
@@ -232,10 +235,12 @@ async fn start_vm(
 }
 
 fn console_file(machines: &Machines, id: &str) -> Result<File, MachineError> {
-    machines
-        .store
-        .create_console(id)
-        .map_err(MachineError::Console)
+    let store = &machines.store;
+    let group = id.rsplit_once('-').map_or(id, |(group, _digits)| group);
+    if let Err(e) = store.prune_consoles(group, KEPT_CONSOLES) {
+        tracing::warn!("tidy old consoles: {}", chain(&e));
+    }
+    store.create_console(id).map_err(MachineError::Console)
 }
 
 /// From hello to a login with the credentials of ConnectInfo. The link is returned because the

@@ -13,8 +13,8 @@ use crate::agent::proto::Identity;
 
 /// Where the prebuilt sshd configuration looks for our keys (`%u` is the login).
 const AUTHORIZED_KEYS: &str = "/etc/ssh/fleetingd_authorized_keys";
-/// How long sshd may take from its start to its banner.
-const BANNER: Duration = Duration::from_secs(120);
+/// How long sshd may take from its start to its banner: the host's own deadline comes first.
+const BANNER: Duration = Duration::from_secs(3600);
 
 /// Host key and authorized key; whatever keys were there before are gone.
 pub fn write_keys(identity: &Identity) -> Result<(), GuestError> {

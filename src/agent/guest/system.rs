@@ -21,8 +21,8 @@ const RNDADDENTROPY: libc::c_ulong = 0x4008_5203;
 const RNDRESEEDCRNG: libc::c_ulong = 0x5207;
 /// Entropy we credit at once, in bytes; more only costs time.
 const MAX_ENTROPY: usize = 256;
-/// How long a wanted unit may take to become active.
-const UNIT_START: Duration = Duration::from_secs(120);
+/// How long a wanted unit may take to become active: the host's own deadline comes first.
+const UNIT_START: Duration = Duration::from_secs(3600);
 
 /// Layout of `struct rand_pool_info` with a fixed buffer.
 #[repr(C)]
