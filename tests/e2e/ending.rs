@@ -183,7 +183,10 @@ pub async fn a_machine_that_ends_by_itself_is_deleted_in_the_next_update(
         "no panic in its console:\n{console}"
     );
     let why = story.main.log_line("kernel panic", SOON).await?;
-    ensure!(why.contains("not syncing"), "the log says {why:?}");
+    ensure!(
+        why.contains("sysrq triggered crash"),
+        "the log says {why:?}"
+    );
     for id in &ids {
         ensure!(
             story.main.client.heartbeat(id).await.is_err(),
