@@ -4,32 +4,10 @@ use std::io::Write;
 
 use super::*;
 use crate::vmm::memory::VmMemory;
-
-const KERNEL_AT: u64 = 0x100_0000;
+use crate::vmm::testing::{CODE_AT as KERNEL_AT, elf};
 
 fn size(bytes: &[u8]) -> u32 {
     u32::try_from(bytes.len()).unwrap()
-}
-
-/// A tiny ELF with one segment of `code` at 16 MiB.
-fn elf(code: &[u8]) -> Vec<u8> {
-    let mut image = vec![0_u8; 120];
-    image[..4].copy_from_slice(b"\x7fELF");
-    image[4..7].copy_from_slice(&[2, 1, 1]);
-    image[16..20].copy_from_slice(&[2, 0, 62, 0]);
-    image[24..32].copy_from_slice(&KERNEL_AT.to_le_bytes());
-    image[32..40].copy_from_slice(&64_u64.to_le_bytes());
-    image[52..58].copy_from_slice(&[64, 0, 56, 0, 1, 0]);
-    let segment = &mut image[64..120];
-    segment[..8].copy_from_slice(&[1, 0, 0, 0, 5, 0, 0, 0]);
-    for (at, value) in [(8, 120), (16, KERNEL_AT), (24, KERNEL_AT)] {
-        segment[at..at + 8].copy_from_slice(&value.to_le_bytes());
-    }
-    let len = code.len() as u64;
-    segment[32..40].copy_from_slice(&len.to_le_bytes());
-    segment[40..48].copy_from_slice(&len.to_le_bytes());
-    image.extend_from_slice(code);
-    image
 }
 
 /// A bzImage around `payload`, with one setup sector.
