@@ -28,6 +28,7 @@ mod store;
 mod template;
 #[cfg(test)]
 mod testing;
+mod zstd_qcow2;
 
 use std::path::PathBuf;
 
