@@ -32,12 +32,15 @@ mod zstd_qcow2;
 
 use std::path::PathBuf;
 
+pub use reqwest::Url;
+
 pub use build::{BuildPlan, BuildProgress, Unpack};
 pub use error::ImageError;
 pub use generation::Generation;
 pub use inputs::{BuildInputs, GenerationKey};
 pub use source::{
-    ImageName, ImageSource, LocalImage, SourceError, SourceProgress, TellProgress, obtain,
+    Checksum, DebianRelease, ImageName, ImageSource, LocalImage, SourceError, SourceProgress,
+    TellProgress, UbuntuRelease, Vendor, mirror, obtain, stored,
 };
 pub use store::{BuildLock, Store};
 pub use template::SeedNet;
