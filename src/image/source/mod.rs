@@ -167,14 +167,10 @@ async fn newest(
 ) -> Result<LocalImage, SourceError> {
     tell(SourceProgress::Looking);
     let offer = discover(vendor, source, client).await?;
-    let mut there = None;
     if let Some(accepted) = Accepted::read(shelf.images(), vendor)? {
         accepted.check(&offer, shelf.images(), vendor)?;
-        if accepted.checksum == offer.checksum {
-            there = shelf.find(accepted.sha256).await?;
-        }
     }
-    let image = match there {
+    let image = match shelf.published(&offer.checksum).await? {
         Some(image) => image,
         None => {
             tracing::info!("image: {vendor} is {}", offer.url);

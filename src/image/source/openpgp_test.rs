@@ -121,3 +121,29 @@ fn a_keyring_without_keys_is_refused() {
         assert!(Keyring::default().add(junk).is_err());
     }
 }
+
+#[test]
+fn only_a_key_that_is_for_signing_signs() {
+    let signing = Signer::with_subkey(true);
+    let keyring = with(&signing);
+    assert!(keyring.verify(b"text", &signing.sign(b"text", AT)).is_ok());
+    let primary = signing.by_primary();
+    assert!(keyring.verify(b"text", &primary.sign(b"text", AT)).is_err());
+
+    let other = Signer::with_subkey(false);
+    assert!(
+        with(&other)
+            .verify(b"text", &other.sign(b"text", AT))
+            .is_err()
+    );
+}
+
+#[test]
+fn a_subkey_that_its_owner_did_not_bind_is_none() {
+    let (owner, other) = (Signer::new(), Signer::with_subkey(true));
+    let mut keyring = Keyring::default();
+    keyring.add(&owner.public_with_subkeys_of(&other)).unwrap();
+    let stranger = other.sign(b"text", AT);
+    assert!(keyring.verify(b"text", &stranger).is_err());
+    assert!(keyring.verify(b"text", &owner.sign(b"text", AT)).is_ok());
+}

@@ -74,6 +74,29 @@ impl Shelf {
         .await
     }
 
+    /// The image of which a vendor publishes this checksum.
+    pub async fn published(&self, checksum: &Checksum) -> Result<Option<LocalImage>, SourceError> {
+        if checksum.is_sha256() {
+            return self.find(checksum.clone()).await;
+        }
+        for record in self.records()? {
+            if record.checksum == *checksum {
+                return self.find(record.sha256).await;
+            }
+        }
+        Ok(None)
+    }
+
+    fn records(&self) -> Result<Vec<Accepted>, SourceError> {
+        let mut records = Vec::new();
+        for name in self.images.names()? {
+            if name.starts_with(RECORD_PREFIX) {
+                records.extend(Accepted::read_file(&self.images, &name)?);
+            }
+        }
+        Ok(records)
+    }
+
     /// Downloads and verifies a file, unless it is there by the time it is our turn.
     pub async fn fetch(
         &self,
@@ -82,9 +105,7 @@ impl Shelf {
         tell: TellProgress<'_>,
     ) -> Result<LocalImage, SourceError> {
         let partial = Partial::open(&self.images, &offer.checksum).await?;
-        if offer.checksum.is_sha256()
-            && let Some(image) = self.find(offer.checksum.clone()).await?
-        {
+        if let Some(image) = self.published(&offer.checksum).await? {
             return Ok(image);
         }
         let wanted = Wanted {
@@ -175,11 +196,8 @@ impl Shelf {
 
     /// Removes replaced images unless they are in use or have another name, and old partial files.
     fn tidy(&self, replaced: &[Checksum]) -> Result<(), SourceError> {
-        let names = self.images.names()?;
-        let mut named = Vec::new();
-        for record in names.iter().filter(|name| name.starts_with(RECORD_PREFIX)) {
-            named.extend(Accepted::read_file(&self.images, record)?.map(|record| record.sha256));
-        }
+        let records = self.records()?;
+        let named: Vec<&Checksum> = records.iter().map(|record| &record.sha256).collect();
         for sha256 in replaced.iter().filter(|sha256| !named.contains(sha256)) {
             self.remove_unused(&image_name(sha256), |_file| true)?;
         }
@@ -188,8 +206,10 @@ impl Shelf {
             let age = modified.map(|at| SystemTime::now().duration_since(at));
             matches!(age, Ok(Ok(age)) if age > PART_AGE)
         };
-        for name in names.iter().filter(|name| name.ends_with(PART_SUFFIX)) {
-            self.remove_unused(name, is_old)?;
+        for name in self.images.names()? {
+            if name.ends_with(PART_SUFFIX) {
+                self.remove_unused(&name, is_old)?;
+            }
         }
         Ok(())
     }

@@ -8,11 +8,11 @@ use std::time::Duration;
 
 use pgp::composed::{
     ArmorOptions, DetachedSignature, KeyType, SecretKeyParamsBuilder, SignedPublicKey,
-    SignedSecretKey, SubpacketConfig,
+    SignedSecretKey, SubkeyParamsBuilder, SubpacketConfig,
 };
 use pgp::crypto::hash::HashAlgorithm;
 use pgp::packet::{PacketTrait, Subpacket, SubpacketData};
-use pgp::types::{KeyDetails, Password, Timestamp};
+use pgp::types::{KeyDetails, Password, SigningKey, Timestamp};
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::{RootCertStore, ServerConfig};
@@ -25,26 +25,42 @@ use super::http::{Client, Patience};
 /// Somebody with an OpenPGP key.
 pub struct Signer {
     key: SignedSecretKey,
+    /// Signs with the key below the primary one.
+    by_subkey: bool,
 }
 
 impl Signer {
     pub fn new() -> Self {
-        let mut params = SecretKeyParamsBuilder::default();
-        params
-            .key_type(KeyType::Ed25519Legacy)
-            .created_at(Timestamp::from_secs(1_000_000_000))
-            .can_certify(true)
-            .can_sign(true)
-            .primary_user_id("Test <test@example.org>".into());
-        let params = params.build().unwrap();
         Self {
-            key: params.generate(rand_08::thread_rng()).unwrap(),
+            key: key(true, &[]),
+            by_subkey: false,
         }
+    }
+
+    /// Whose primary key only certifies; the one below it is for signing or not.
+    pub fn with_subkey(signs: bool) -> Self {
+        Self {
+            key: key(false, &[signs]),
+            by_subkey: true,
+        }
+    }
+
+    /// The same owner, signing with the primary key.
+    pub fn by_primary(mut self) -> Self {
+        self.by_subkey = false;
+        self
     }
 
     /// The public key, armored.
     pub fn public(&self) -> Vec<u8> {
         let public = SignedPublicKey::from(self.key.clone());
+        public.to_armored_bytes(ArmorOptions::default()).unwrap()
+    }
+
+    /// The public key, with subkeys that somebody else has bound.
+    pub fn public_with_subkeys_of(&self, other: &Self) -> Vec<u8> {
+        let mut public = SignedPublicKey::from(self.key.clone());
+        public.public_subkeys = SignedPublicKey::from(other.key.clone()).public_subkeys;
         public.to_armored_bytes(ArmorOptions::default()).unwrap()
     }
 
@@ -74,30 +90,59 @@ impl Signer {
     }
 
     fn signature(&self, content: &[u8], at: u32, life: Option<u32>) -> DetachedSignature {
-        let packet = |data| Subpacket::regular(data).unwrap();
-        let mut hashed = vec![
-            packet(SubpacketData::IssuerFingerprint(self.key.fingerprint())),
-            packet(SubpacketData::SignatureCreationTime(Timestamp::from_secs(
-                at,
-            ))),
-        ];
-        if let Some(seconds) = life {
-            let life = pgp::types::Duration::from_secs(seconds);
-            hashed.push(packet(SubpacketData::SignatureExpirationTime(life)));
+        match self.key.secret_subkeys.first() {
+            Some(sub) if self.by_subkey => sign(&sub.key, content, at, life),
+            _ => sign(&self.key.primary_key, content, at, life),
         }
-        let signature = DetachedSignature::sign_binary_data_with_subpackets(
-            rand_08::thread_rng(),
-            &self.key.primary_key,
-            &Password::empty(),
-            HashAlgorithm::Sha512,
-            Cursor::new(content),
-            SubpacketConfig::UserDefined {
-                hashed,
-                unhashed: Vec::new(),
-            },
-        );
-        signature.unwrap()
     }
+}
+
+fn sign(key: &impl SigningKey, content: &[u8], at: u32, life: Option<u32>) -> DetachedSignature {
+    let packet = |data| Subpacket::regular(data).unwrap();
+    let at = Timestamp::from_secs(at);
+    let mut hashed = vec![
+        packet(SubpacketData::IssuerFingerprint(key.fingerprint())),
+        packet(SubpacketData::SignatureCreationTime(at)),
+    ];
+    if let Some(seconds) = life {
+        let life = pgp::types::Duration::from_secs(seconds);
+        hashed.push(packet(SubpacketData::SignatureExpirationTime(life)));
+    }
+    let signature = DetachedSignature::sign_binary_data_with_subpackets(
+        rand_08::thread_rng(),
+        key,
+        &Password::empty(),
+        HashAlgorithm::Sha512,
+        Cursor::new(content),
+        SubpacketConfig::UserDefined {
+            hashed,
+            unhashed: Vec::new(),
+        },
+    );
+    signature.unwrap()
+}
+
+fn key(signs: bool, subkeys: &[bool]) -> SignedSecretKey {
+    let created = Timestamp::from_secs(1_000_000_000);
+    let subkeys = subkeys.iter().map(|signs| {
+        let mut params = SubkeyParamsBuilder::default();
+        params
+            .key_type(KeyType::Ed25519Legacy)
+            .created_at(created)
+            .can_sign(*signs)
+            .can_authenticate(!signs);
+        params.build().unwrap()
+    });
+    let mut params = SecretKeyParamsBuilder::default();
+    params
+        .key_type(KeyType::Ed25519Legacy)
+        .created_at(created)
+        .can_certify(true)
+        .can_sign(signs)
+        .primary_user_id("Test <test@example.org>".into())
+        .subkeys(subkeys.collect());
+    let params = params.build().unwrap();
+    params.generate(rand_08::thread_rng()).unwrap()
 }
 
 /// What the server does with one request for a file instead of serving it.
