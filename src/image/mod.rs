@@ -23,17 +23,25 @@ mod inputs;
 mod outcome;
 mod partitions;
 mod seed;
+mod source;
 mod store;
 mod template;
 #[cfg(test)]
 mod testing;
+mod zstd_qcow2;
 
 use std::path::PathBuf;
+
+pub use reqwest::Url;
 
 pub use build::{BuildPlan, BuildProgress, Unpack};
 pub use error::ImageError;
 pub use generation::Generation;
 pub use inputs::{BuildInputs, GenerationKey};
+pub use source::{
+    Checksum, DebianRelease, ImageName, ImageSource, LocalImage, SourceError, SourceProgress,
+    TellProgress, UbuntuRelease, Vendor, mirror, obtain, stored,
+};
 pub use store::{BuildLock, Store};
 pub use template::SeedNet;
 

@@ -65,7 +65,11 @@ fn a_content_is_hashed_once_until_it_changes() {
     let store = Store::open(&dir.path().join("store")).unwrap();
     let path = dir.path().join("image");
     fs::write(&path, "one").unwrap();
-    let hash = || store.content_hash(&path, &File::open(&path).unwrap());
+    let hash = || {
+        store
+            .hashes()
+            .content_hash(&path, &File::open(&path).unwrap())
+    };
     let first = hash().unwrap();
     // Planted in memory: an answer from there is no reading.
     let remembered = dir.path().join("store/images/hashes.json");
@@ -197,6 +201,7 @@ fn symbolic_links_inside_the_store_lead_nowhere() {
     assert!(store.try_build_lock().is_err());
     assert!(
         store
+            .hashes()
             .content_hash(&victim, &File::open(&victim).unwrap())
             .is_err()
     );
@@ -226,4 +231,27 @@ fn consoles_are_files_of_their_instance_alone() {
         assert_eq!(store.console_path(instance).exists(), kept, "{instance}");
     }
     assert!(path.exists(), "the build's console is nobody's surplus");
+}
+
+#[test]
+fn images_and_machines_may_have_folders_of_their_own() {
+    let dir = tempfile::tempdir().unwrap();
+    let (images, disks) = (dir.path().join("images"), dir.path().join("disks"));
+    let store = Store::open_apart(&images, &disks).unwrap();
+    assert_eq!(store.path(), images);
+    store.create_console("group-1").unwrap();
+    let names = |path: &Path| {
+        let entries = fs::read_dir(path).unwrap();
+        let mut names: Vec<String> = entries
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        names
+    };
+    assert_eq!(names(&images), ["generations", "images"]);
+    assert_eq!(names(&disks), [".instance_data", "snapshots"]);
+    // Builders of the same images queue, wherever their machines' disks lie.
+    let other = Store::open_apart(&images, &dir.path().join("more")).unwrap();
+    let _lock = store.try_build_lock().unwrap().unwrap();
+    assert!(other.try_build_lock().unwrap().is_none());
 }

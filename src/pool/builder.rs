@@ -19,11 +19,12 @@ use tokio::sync::watch;
 use super::host::{Host, Machines, chain};
 use super::machine::{self, MachineError};
 use super::spec::{FixedCredential, PoolSpec};
+use super::vendor;
 use super::vm::{Vm, VmStartError};
 use crate::agent;
 use crate::image::{
     BuildInputs, BuildLock, BuildPlan, BuildProgress, Generation, GenerationKey, ImageError,
-    SeedNet,
+    LocalImage, SeedNet, SourceError,
 };
 use crate::net::{NetError, Slot, SlotRole};
 use crate::vmm::{self, DiskSource, DiskSpec, KernelSource, NetSpec, VmEnd, VmSpec};
@@ -55,6 +56,8 @@ pub enum BuildError {
     #[error("the pool is closing")]
     Closing,
     #[error(transparent)]
+    Source(#[from] SourceError),
+    #[error(transparent)]
     Image(#[from] ImageError),
     #[error("no slot for the prebuild")]
     Slot(#[source] NetError),
@@ -83,7 +86,8 @@ pub async fn obtain(
         return Ok(None);
     };
     let spec = host.spec();
-    let inputs = Arc::new(inputs(spec, machines)?);
+    let image = vendor::local_image(spec, machines, &mut closing).await?;
+    let inputs = Arc::new(inputs(spec, machines, &image)?);
     let key = {
         let (host, inputs) = (Arc::clone(host), Arc::clone(&inputs));
         blocking(move || {
@@ -166,13 +170,17 @@ impl ProgressTeller {
     }
 }
 
-fn inputs(spec: &PoolSpec, machines: &Machines) -> Result<BuildInputs, BuildError> {
+fn inputs(
+    spec: &PoolSpec,
+    machines: &Machines,
+    image: &LocalImage,
+) -> Result<BuildInputs, BuildError> {
     let password = match &spec.login.fixed {
         Some(FixedCredential::Password(password)) => Some(password.clone()),
         _ => None,
     };
     Ok(BuildInputs {
-        image: spec.image.clone(),
+        image: image.path.clone(),
         disk_gib: spec.disk_gib,
         username: spec.login.username.clone(),
         password,

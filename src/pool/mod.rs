@@ -25,6 +25,7 @@ mod memory;
 mod preflight;
 pub mod spec;
 pub mod ssh;
+mod vendor;
 mod vm;
 
 use std::sync::Arc;

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::keys::SshKeyType;
 use super::*;
-use crate::image::{PrebuildOnError, RunnerSource};
+use crate::image::{ImageName, PrebuildOnError, RunnerSource};
 use crate::net::NetSpec;
 
 fn spec(boot: Duration) -> PoolSpec {
@@ -21,11 +21,12 @@ fn spec(boot: Duration) -> PoolSpec {
         },
         group: Some("g".to_owned()),
         disk_directory: "/nowhere".into(),
+        image_directory: "/nowhere".into(),
         shape: Shape {
             vcpus: 1,
             memory_mib: 256,
         },
-        image: "/nowhere/image".into(),
+        image: ImageName::Path("/nowhere/image".into()).into(),
         disk_gib: 2,
         extra_commands: Vec::new(),
         on_command_error: PrebuildOnError::Fail,
