@@ -129,8 +129,8 @@ impl Partial {
 
     /// What came is given up: it would only keep the disk full.
     fn no_room(&self, needed: String) -> SourceError {
-        if let Err(e) = self.clear() {
-            return e;
+        if let Err(e) = self.file.set_len(0) {
+            tracing::warn!("cannot empty {}: {e}", self.images.at(&self.name).display());
         }
         SourceError::DiskFull {
             path: self.images.path().to_owned(),

@@ -529,6 +529,44 @@ async fn a_download_that_was_given_up_goes_on_the_next_time() {
 }
 
 #[tokio::test]
+async fn a_download_that_is_dropped_leaves_nothing_that_could_be_taken_for_whole() {
+    let bench = Bench::new().await;
+    let faults = [Fault::CutAfter(100_000), Fault::Silence];
+    bench.server.spoil(IMAGE, &faults);
+    let (send, mut received) = tokio::sync::mpsc::unbounded_channel();
+    let tell = move |progress| {
+        if let SourceProgress::Downloading { done_bytes, .. } = progress {
+            send.send(done_bytes).unwrap();
+        }
+    };
+    let (client, source) = (bench.server.client(), bench.source("ubuntu"));
+    let shelf = Shelf::of(&bench.store);
+    tokio::select! {
+        image = obtain_with(&source, &shelf, &tell, move |_| Ok(client)) => panic!("{image:?}"),
+        () = async { while received.recv().await.unwrap() < 100_000 {} } => {}
+    }
+    assert_eq!(bench.images(), Vec::<String>::new());
+    bench.server.spoil(IMAGE, &[]);
+    let image = bench.get(&source).await.unwrap();
+    assert_eq!(fs::read(&image.path).unwrap(), picture(1));
+    assert_eq!(bench.names(".part"), Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn a_part_that_nobody_continued_for_long_is_removed() {
+    let bench = Bench::new().await;
+    let part = |name: &str, age: &str| {
+        let path = bench.store.images().at(name);
+        fs::write(&path, "half").unwrap();
+        run(&format!("touch -d {age} {}", path.display()));
+    };
+    part(".old.part", "2020-01-01");
+    part(".new.part", "now");
+    bench.ubuntu().await.unwrap();
+    assert_eq!(bench.names(".part"), [".new.part"]);
+}
+
+#[tokio::test]
 async fn a_file_that_changes_under_a_download_is_fetched_anew() {
     let bench = Bench::new().await;
     // The beginning of something else, as long as it may be.

@@ -79,22 +79,21 @@ impl Shelf {
         if checksum.is_sha256() {
             return self.find(checksum.clone()).await;
         }
-        for record in self.records()? {
-            if record.checksum == *checksum {
+        for name in self.record_names()? {
+            // One that is damaged is told when its own name is asked for.
+            if let Ok(Some(record)) = Accepted::read_file(&self.images, &name)
+                && record.checksum == *checksum
+            {
                 return self.find(record.sha256).await;
             }
         }
         Ok(None)
     }
 
-    fn records(&self) -> Result<Vec<Accepted>, SourceError> {
-        let mut records = Vec::new();
-        for name in self.images.names()? {
-            if name.starts_with(RECORD_PREFIX) {
-                records.extend(Accepted::read_file(&self.images, &name)?);
-            }
-        }
-        Ok(records)
+    fn record_names(&self) -> Result<Vec<String>, ImageError> {
+        let mut names = self.images.names()?;
+        names.retain(|name| name.starts_with(RECORD_PREFIX));
+        Ok(names)
     }
 
     /// Downloads and verifies a file, unless it is there by the time it is our turn.
@@ -196,8 +195,10 @@ impl Shelf {
 
     /// Removes replaced images unless they are in use or have another name, and old partial files.
     fn tidy(&self, replaced: &[Checksum]) -> Result<(), SourceError> {
-        let records = self.records()?;
-        let named: Vec<&Checksum> = records.iter().map(|record| &record.sha256).collect();
+        let mut named = Vec::new();
+        for record in self.record_names()? {
+            named.extend(Accepted::read_file(&self.images, &record)?.map(|record| record.sha256));
+        }
         for sha256 in replaced.iter().filter(|sha256| !named.contains(sha256)) {
             self.remove_unused(&image_name(sha256), |_file| true)?;
         }

@@ -18,6 +18,8 @@ use super::openpgp::Keyring;
 pub const BASE: &str = "https://cloud-images.ubuntu.com/";
 const INDEX: &str = "releases/streams/v1/com.ubuntu.cloud:released:download.json";
 const ARCH: &str = "amd64";
+/// What the index calls the qcow2.
+const DISK: &str = "disk1.img";
 /// The real index has some megabytes.
 const MAX_INDEX: usize = 64 << 20;
 const MAX_SUMS: usize = 1 << 20;
@@ -57,7 +59,7 @@ struct Item {
     ftype: String,
     #[serde(default)]
     path: String,
-    sha256: Option<Checksum>,
+    sha256: Option<String>,
     size: Option<u64>,
 }
 
@@ -133,7 +135,8 @@ fn choose(
         .iter()
         .filter_map(|(serial, version)| {
             let mut items = version.items.values();
-            Some((serial, items.find(|item| item.ftype == "disk1.img")?))
+            let by_kind = || items.find(|item| item.ftype == DISK);
+            Some((serial, version.items.get(DISK).or_else(by_kind)?))
         })
         .max_by_key(|(serial, _)| numbers(serial));
     let Some((serial, item)) = newest else {
@@ -144,7 +147,8 @@ fn choose(
     if file_name(&url) != expected {
         return Err(bad(format!("{} is not {expected}", item.path)));
     }
-    let checksum = item.sha256.clone().filter(Checksum::is_sha256);
+    let checksum = item.sha256.as_ref().and_then(|sum| sum.parse().ok());
+    let checksum = checksum.filter(Checksum::is_sha256);
     Ok(Offer {
         url,
         checksum: checksum.ok_or_else(|| bad(format!("{expected} has no SHA-256")))?,
