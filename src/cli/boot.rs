@@ -201,6 +201,7 @@ fn machine(args: BootArgs) -> anyhow::Result<VmSpec> {
         net,
         console: Some(console),
         agent_channel: false,
+        golden: false,
     })
 }
 

@@ -5,7 +5,10 @@ use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
 use super::vm::OnEnd;
-use super::{KernelSource, StartError, VmEnd, VmHandle, VmSpec, layout, start};
+use super::{
+    KernelSource, RestoreSpec, Snapshot, StartError, VmEnd, VmHandle, VmSpec, layout, restore,
+    start,
+};
 
 /// Where a tiny guest's code is loaded and entered.
 pub const CODE_AT: u64 = 0x100_0000;
@@ -121,6 +124,7 @@ pub fn spec(code: &Code) -> VmSpec {
         net: None,
         console: None,
         agent_channel: false,
+        golden: false,
     }
 }
 
@@ -179,4 +183,33 @@ pub fn run_by(
 
 pub fn run(spec: VmSpec) -> Running {
     try_run(spec).unwrap()
+}
+
+/// A clone with no disk and no network card, paused.
+pub fn clone_of(snapshot: &Snapshot) -> Running {
+    try_clone(RestoreSpec::new("vm1"), snapshot).unwrap()
+}
+
+pub fn try_clone(spec: RestoreSpec, snapshot: &Snapshot) -> Result<Running, StartError> {
+    let (sender, ended) = channel();
+    let started = restore(
+        spec,
+        snapshot,
+        Box::new(move |end| sender.send(end).unwrap()),
+    );
+    Ok(Running {
+        handle: started?,
+        ended,
+    })
+}
+
+impl RestoreSpec {
+    pub fn new(name: &str) -> Self {
+        Self {
+            name: name.to_owned(),
+            disks: Vec::new(),
+            net: None,
+            console: None,
+        }
+    }
 }

@@ -101,6 +101,7 @@ fn boot(files: &Files, script: &str, shape: impl FnOnce(&mut VmSpec)) -> Guest {
         net: None,
         console: Some(console.reopen().unwrap()),
         agent_channel: false,
+        golden: false,
     };
     shape(&mut spec);
     let handle = vmm::start(spec, Box::new(|_end| {})).unwrap();
