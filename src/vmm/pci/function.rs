@@ -43,6 +43,14 @@ pub struct FunctionState {
     pub device: DeviceState,
 }
 
+impl FunctionState {
+    /// Offers the state to a transport without a bus.
+    #[cfg(any(test, fuzzing))]
+    pub fn offer(self, transport: &mut Transport) -> Result<(), HostFault> {
+        transport.restore(self.transport, self.device)
+    }
+}
+
 /// A virtio device in a slot.
 pub struct VirtioFunction {
     slot: u8,

@@ -20,7 +20,8 @@ use super::state::MachineState;
 const MAGIC: &[u8; 8] = b"FLTDSNAP";
 /// Counted up with every change of what a state consists of.
 const VERSION: u32 = 1;
-const HEADER_BYTES: usize = 88;
+/// Bytes before the state.
+pub const HEADER_BYTES: usize = 88;
 const CHECKSUM: std::ops::Range<usize> = 56..88;
 /// A vCPU takes some 20 KiB, and a disk's map up to 90 KiB for each GiB that was written.
 const MAX_STATE_BYTES: u64 = 64 << 20;

@@ -16,6 +16,8 @@
 //! snapshots that travel, snapshots of clones, writing to a snapshot.
 
 mod copy;
+#[cfg(any(test, fuzzing))]
+mod dissect;
 mod error;
 mod file;
 mod key;
@@ -32,8 +34,10 @@ use std::sync::Arc;
 
 use rustix::fs::{SealFlags, fcntl_add_seals};
 
+#[cfg(any(test, fuzzing))]
+pub use dissect::{decode, offer_to_devices};
 pub use error::{SaveError, SnapshotError};
-pub use file::{StateProblem, encode, read, seal};
+pub use file::{HEADER_BYTES, StateProblem, encode, read, seal};
 pub use key::{HostKey, HostKeyError};
 pub use state::{ChipsState, MachineState, set_clock};
 pub use store::Directory;
