@@ -155,3 +155,7 @@ fn checksum(start: &[u8], payload: &[u8]) -> [u8; 32] {
     hash.update(payload);
     hash.finalize().into()
 }
+
+#[cfg(test)]
+#[path = "damage_test.rs"]
+mod tests;

@@ -161,3 +161,6 @@ fn read_only(file: &File) -> io::Result<File> {
 #[cfg(test)]
 #[path = "snapshot_test.rs"]
 mod tests;
+
+#[cfg(test)]
+mod disk_test;

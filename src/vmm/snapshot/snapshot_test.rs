@@ -1,42 +1,20 @@
 //! Machines saved at any moment and cloned: what they had, what they share and what they do not.
 
 use std::fs::File;
+use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::vmm::snapshot::{self, HostKey, StateProblem};
-use crate::vmm::testing::{Code, Running, clone_of, run, spec, try_clone};
-use crate::vmm::{DiskSource, DiskSpec, RestoreSpec, Snapshot, VmEnd, VmSpec, layout};
+use crate::vmm::testing::{Code, Running, clone_of, disk_file, overlay_disk, run, spec, try_clone};
+use crate::vmm::{
+    DiskSource, RestoreSpec, SaveError, Snapshot, SnapshotError, StartError, VmEnd, layout,
+};
 
 /// Where a guest keeps what it must find again, and the page tables that lead above 4 GiB.
 const LOW: u64 = 0x20_0000;
 const LEVEL2: u64 = 0x30_0000;
 /// The real mode code of the other processors, which count at 0x6000.
 const AP_CODE: u64 = 0x7_0000;
-
-/// mov edx, LSR; in al, dx; test al, 1; jz to the in; then mov dl, DATA; in al, dx
-const READ_KEY: [u8; 15] = [
-    0xba, 0xfd, 0x03, 0x00, 0x00, 0xec, 0xa8, 0x01, 0x74, 0xfb, 0xb2, 0xf8, 0xec, 0x90, 0x90,
-];
-
-/// movabs rcx, address; mov dword [rcx], value
-fn store(code: Code, address: u64, value: u32) -> Code {
-    code.raw(&[0x48, 0xb9])
-        .raw(&address.to_le_bytes())
-        .raw(&[0xc7, 0x01])
-        .raw(&value.to_le_bytes())
-}
-
-/// movabs rcx, address; cmp dword [rcx], value; je over a reset
-fn expect(code: Code, address: u64, value: u32) -> Code {
-    let reset = Code::new().reset().halt().0;
-    code.raw(&[0x48, 0xb9])
-        .raw(&address.to_le_bytes())
-        .raw(&[0x81, 0x39])
-        .raw(&value.to_le_bytes())
-        .raw(&[0x74, u8::try_from(reset.len()).unwrap()])
-        .raw(&reset)
-}
 
 /// Addresses at the ends of every range of a machine's RAM.
 fn marks(memory_mib: u32) -> Vec<u64> {
@@ -54,8 +32,8 @@ fn map_high(mut code: Code) -> Code {
     let level3 = layout::PAGE_TABLES + 0x1000;
     for gib in 4_u64..10 {
         let table = LEVEL2 + (gib - 4) * 0x1000;
-        code = store(code, level3 + gib * 8, u32::try_from(table).unwrap() | 3);
-        code = store(code, level3 + gib * 8 + 4, 0);
+        code = code.store(level3 + gib * 8, u32::try_from(table).unwrap() | 3);
+        code = code.store(level3 + gib * 8 + 4, 0);
         // mov rdi, table; mov rax, first entry; mov ecx, 512; stosq; add rax, 2 MiB; loop
         let first = (gib << 30) | 0x83;
         code = code.raw(&[0x48, 0xbf]).raw(&table.to_le_bytes());
@@ -96,14 +74,14 @@ fn marking_guest(memory_mib: u32, vcpus: u8) -> Code {
         code = map_high(code);
     }
     for (value, mark) in (0x1000_0001..).zip(marks(memory_mib)) {
-        code = store(code, mark, value);
+        code = code.store(mark, value);
     }
     if vcpus > 1 {
         code = start_others(code);
     }
-    code = code.print("ready").raw(&READ_KEY);
+    code = code.print("ready").key();
     for (value, mark) in (0x1000_0001..).zip(marks(memory_mib)) {
-        code = expect(code, mark, value);
+        code = code.expect(mark, value);
     }
     if vcpus > 1 {
         // The others go on counting: mov ax, [0x6000]; cmp ax, [0x6000]; je to the cmp
@@ -155,342 +133,270 @@ fn machines_of_every_shape_go_on_where_they_were_saved() {
     }
 }
 
-/// The file of a state of a machine with every device but a network card.
-fn state_file(directory: &Path) -> Vec<u8> {
+/// Prints "ready", takes a key and keeps it; prints "wrote", takes another and shows the first.
+fn remembering_guest() -> Code {
+    let code = Code::new().store(LOW, 0x55).print("ready").key();
+    // movzx eax, al; mov [LOW], eax
+    let code = code.expect(LOW, 0x55).raw(&[0x0f, 0xb6, 0xc0]);
+    let code = code.raw(&[0x89, 0x04, 0x25, 0x00, 0x00, 0x20, 0x00]);
+    // mov al, [LOW]; mov edx, COM1; out dx, al
+    code.print("wrote")
+        .key()
+        .raw(&[0x8a, 0x04, 0x25, 0x00, 0x00, 0x20, 0x00])
+        .raw(&[0xba, 0xf8, 0x03, 0x00, 0x00, 0xee])
+        .power_off()
+}
+
+fn typed(clone: &Running, key: &str) {
+    clone.handle.console_input(key.as_bytes());
+}
+
+#[test]
+fn clones_do_not_see_each_others_writes() {
+    let snapshot = golden(&remembering_guest(), 64, 1).handle.freeze().unwrap();
+    let clones: Vec<Running> = "abc"
+        .split_terminator("")
+        .skip(1)
+        .map(|key| {
+            // Each starts after the one before it has written.
+            let clone = clone_of(&snapshot);
+            clone.handle.resume().unwrap();
+            typed(&clone, key);
+            clone.wait_for("wrote");
+            clone
+        })
+        .collect();
+    for (clone, key) in clones.into_iter().zip("abc".chars()) {
+        typed(&clone, "x");
+        let console = clone.handle.clone();
+        assert_eq!(clone.end(), VmEnd::PowerOff);
+        assert_eq!(console.console_tail(99), format!("wrote{key}"));
+    }
+}
+
+#[test]
+fn each_clone_has_a_generation_of_its_own_and_is_told() {
+    // mov dx, GED; in al, dx; cmp al, the bit of a new generation
+    let code = Code::new().print("ready").key();
+    let code = code.raw(&[0x66, 0xba, 0x10, 0x06, 0xec, 0x3c, layout::GED_GENERATION]);
+    // mov ecx, 16; mov esi, the ID; mov dx, COM1; rep outsb
+    let code = code
+        .reset_unless_equal()
+        .raw(&[0xb9, 16, 0, 0, 0, 0xbe, 0x00, 0xf0, 0x0d, 0x00])
+        .raw(&[0x66, 0xba, 0xf8, 0x03, 0xf3, 0x6e])
+        .power_off();
+    let snapshot = golden(&code, 64, 1).handle.freeze().unwrap();
+    let generation = || {
+        let output = tempfile::NamedTempFile::new().unwrap();
+        let mut spec = RestoreSpec::new("vm1");
+        spec.console = Some(output.reopen().unwrap());
+        let clone = try_clone(spec, &snapshot).unwrap();
+        clone.handle.resume().unwrap();
+        typed(&clone, "x");
+        assert_eq!(clone.end(), VmEnd::PowerOff);
+        std::fs::read(output.path()).unwrap()
+    };
+    let ids = [generation(), generation(), generation()];
+    assert!(ids.iter().all(|id| id.len() == 16 && id != &[0; 16]));
+    assert!(ids[0] != ids[1] && ids[1] != ids[2] && ids[0] != ids[2]);
+}
+
+#[test]
+fn output_goes_on_at_the_very_next_byte() {
+    const BYTES: u32 = 20_000;
+    // mov edx, COM1; xor ebx, ebx; then: mov al, bl; out dx, al; inc ebx; cmp ebx, BYTES; jne
+    let code = Code::new()
+        .raw(&[0xba, 0xf8, 0x03, 0x00, 0x00, 0x31, 0xdb])
+        .raw(&[0x88, 0xd8, 0xee, 0xff, 0xc3, 0x81, 0xfb])
+        .raw(&BYTES.to_le_bytes())
+        .raw(&[0x75, 0xf3])
+        .power_off();
+    let expected: Vec<u8> = (0..BYTES).map(|n| n.to_le_bytes()[0]).collect();
+    let output = tempfile::NamedTempFile::new().unwrap();
+    let mut spec = spec(&code);
+    spec.console = Some(output.reopen().unwrap());
+    let vm = run(spec);
+    let mut saved = Vec::new();
+    while saved.len() < 5 && vm.handle.pause().is_ok() {
+        let printed = std::fs::read(output.path()).unwrap().len();
+        let directory = tempfile::tempdir().unwrap();
+        saved.push((printed, saved_to(&vm, directory.path()), directory));
+        vm.handle.resume().unwrap();
+    }
+    assert_eq!(vm.end(), VmEnd::PowerOff);
+    assert_eq!(std::fs::read(output.path()).unwrap(), expected);
+    assert!(saved.iter().any(|(printed, ..)| *printed > 0));
+    for (printed, snapshot, _directory) in saved {
+        let output = tempfile::NamedTempFile::new().unwrap();
+        let mut spec = RestoreSpec::new("vm1");
+        spec.console = Some(output.reopen().unwrap());
+        let clone = try_clone(spec, &snapshot).unwrap();
+        clone.handle.resume().unwrap();
+        assert_eq!(clone.end(), VmEnd::PowerOff);
+        assert_eq!(std::fs::read(output.path()).unwrap(), expected[printed..]);
+    }
+}
+
+#[test]
+fn a_timer_that_was_armed_fires_in_every_clone() {
+    let lapic = u64::from(layout::LAPIC);
+    // Interrupts stay off, so that the timer's request stays in the register of requests.
+    let code = Code::new()
+        .store32(lapic + 0xf0, 0x1ff)
+        .store32(lapic + 0x320, 0x40)
+        .store32(lapic + 0x3e0, 0b1011)
+        .store32(lapic + 0x380, 200_000_000)
+        .print("ready");
+    // mov ecx, IRR of vectors 64 to 95; test byte [rcx], 1; je to the test
+    let [a, b, c, d] = (layout::LAPIC + 0x220).to_le_bytes();
+    let code = code
+        .raw(&[0xb9, a, b, c, d, 0x8b, 0x01, 0xa8, 0x01, 0x74, 0xfa])
+        .print("fired")
+        .power_off();
+    let vm = golden(&code, 64, 1);
+    assert_eq!(vm.handle.console_tail(99), "ready", "saved before it fired");
+    let snapshot = vm.handle.freeze().unwrap();
+    for clone in [(); 3].map(|()| clone_of(&snapshot)) {
+        clone.handle.resume().unwrap();
+        let console = clone.handle.clone();
+        assert_eq!(clone.end(), VmEnd::PowerOff);
+        assert_eq!(console.console_tail(99), "fired");
+    }
+}
+
+#[test]
+fn a_hundred_clones_at_once_run_or_are_killed_at_any_moment() {
+    let vm = golden(&marking_guest(64, 2), 64, 2);
+    let snapshot = vm.handle.freeze().unwrap();
+    std::thread::scope(|scope| {
+        for _thread in 0..4 {
+            scope.spawn(|| {
+                let clones: Vec<Running> = (0..25).map(|_| clone_of(&snapshot)).collect();
+                for (round, clone) in clones.into_iter().enumerate() {
+                    match round % 4 {
+                        0 => {
+                            clone.handle.kill();
+                            assert_eq!(clone.end(), VmEnd::Killed);
+                        }
+                        1 => {
+                            clone.handle.resume().unwrap();
+                            clone.handle.kill();
+                            assert_eq!(clone.end(), VmEnd::Killed);
+                        }
+                        _ => goes_on(clone),
+                    }
+                }
+            });
+        }
+    });
+}
+
+#[test]
+fn a_clone_that_never_ran_can_be_saved_and_a_paused_machine_twice() {
+    let vm = golden(&marking_guest(64, 2), 64, 2);
+    let directories = [(); 3].map(|()| tempfile::tempdir().unwrap());
+    let first = saved_to(&vm, directories[0].path());
+    let second = saved_to(&vm, directories[1].path());
+    // Over the first, which a clone has mapped.
+    let early = clone_of(&first);
+    let first = saved_to(&vm, directories[0].path());
+    let third = saved_to(&clone_of(&second), directories[2].path());
+    let written = tempfile::tempdir().unwrap();
+    vm.handle.freeze().unwrap().write(written.path()).unwrap();
+    let written = Snapshot::open(written.path()).unwrap();
+    goes_on(early);
+    for snapshot in [&first, &second, &third, &written] {
+        goes_on(clone_of(snapshot));
+    }
+}
+
+#[test]
+fn what_cannot_be_saved_says_why() {
+    let base = disk_file();
+    let mut running = spec(&Code::new().print("ready").spin());
+    running.disks = vec![overlay_disk(&base)];
+    let running = run(running);
+    let directory = tempfile::tempdir().unwrap();
+    let save = |vm: &Running| vm.handle.save(directory.path()).unwrap_err();
+    assert!(matches!(save(&running), SaveError::NotPaused));
+    running.handle.pause().unwrap();
+    let not_golden = running.handle.freeze().unwrap_err();
+    assert!(matches!(not_golden, SaveError::NotGolden));
+    running.handle.save(directory.path()).unwrap();
+    let snapshot = Snapshot::open(directory.path()).unwrap();
+
+    let mut direct = spec(&Code::new().print("ready").spin());
+    direct.disks = vec![overlay_disk(&base), overlay_disk(&base)];
+    direct.disks[1].source = DiskSource::Direct(disk_file());
+    let direct = run(direct);
+    direct.handle.pause().unwrap();
+    assert!(matches!(save(&direct), SaveError::DiskInPlace { index: 1 }));
+    assert!(save(&direct).to_string().contains("hint:"));
+    direct.handle.resume().unwrap();
+
+    let given = |disks| {
+        let mut spec = RestoreSpec::new("vm1");
+        spec.disks = disks;
+        match try_clone(spec, &snapshot) {
+            Ok(clone) => Ok(clone),
+            Err(StartError::Snapshot(error)) => Err(error),
+            Err(other) => panic!("{other}"),
+        }
+    };
+    let none = given(Vec::new()).err().unwrap();
+    assert!(matches!(none, SnapshotError::Disks { saved: 1, given: 0 }));
+    let mut read_only = overlay_disk(&base);
+    read_only.source = DiskSource::ReadOnly(Arc::clone(&base));
+    let kind = given(vec![read_only]).err().unwrap();
+    assert!(matches!(kind, SnapshotError::DiskKind { index: 0 }));
+    let larger = tempfile::tempfile().unwrap();
+    larger.set_len(1 << 30).unwrap();
+    let mut other = RestoreSpec::new("vm1");
+    other.disks = vec![overlay_disk(&Arc::new(larger))];
+    assert!(
+        try_clone(other, &snapshot).is_err(),
+        "a disk of another size"
+    );
+}
+
+#[test]
+fn a_directory_that_is_no_whole_snapshot_says_what_is_wrong() {
+    let base = disk_file();
     let mut spec = spec(&Code::new().print("ready").spin());
-    spec.agent_channel = true;
-    spec.disks = vec![overlay_disk(&disk_file())];
+    spec.disks = vec![overlay_disk(&base)];
     let vm = run(spec);
     vm.wait_for("ready");
     vm.handle.pause().unwrap();
-    vm.handle.save(directory).unwrap();
-    vm.handle.kill();
-    vm.end();
-    std::fs::read(directory.join("state")).unwrap()
-}
-
-fn problem(bytes: &[u8]) -> Option<StateProblem> {
-    let host = HostKey::of_this_host().unwrap();
-    snapshot::read(&mut &*bytes, bytes.len() as u64, &host).err()
-}
-
-#[test]
-fn no_byte_of_a_state_file_can_change_and_none_be_missing() {
     let directory = tempfile::tempdir().unwrap();
-    let file = state_file(directory.path());
-    assert!(problem(&file).is_none());
-    let header = snapshot::HEADER_BYTES;
-    let places = (0..header).chain((header..file.len()).step_by(97));
-    for place in places {
-        let mut damaged = file.clone();
-        damaged[place] ^= 0x40;
-        let named = problem(&damaged).unwrap();
-        let expected = match place {
-            0..8 => matches!(named, StateProblem::Magic),
-            8..12 => matches!(named, StateProblem::Version { .. }),
-            16..24 => matches!(
-                named,
-                StateProblem::TooLarge { .. } | StateProblem::Length { .. }
-            ),
-            _ => matches!(named, StateProblem::Checksum),
+    let at = |name: &str| directory.path().join(name);
+    for damage in ["memory", "disk0", "state"] {
+        saved_to(&vm, directory.path());
+        File::options()
+            .write(true)
+            .open(at(damage))
+            .unwrap()
+            .set_len(4096)
+            .unwrap();
+        let short = Snapshot::open(directory.path()).unwrap_err();
+        let named = match &short {
+            SnapshotError::Length { path, .. } | SnapshotError::State { path, .. } => path,
+            other => panic!("{other}"),
         };
-        assert!(expected, "byte {place}: {named:?}");
-        let cut = problem(&file[..place]).unwrap();
-        assert!(matches!(cut, StateProblem::Length { .. }), "{cut:?}");
+        assert_eq!(named, &at(damage));
+        saved_to(&vm, directory.path());
+        std::fs::rename(at(damage), at("elsewhere")).unwrap();
+        symlink(at("elsewhere"), at(damage)).unwrap();
+        let link = Snapshot::open(directory.path()).unwrap_err();
+        assert!(matches!(link, SnapshotError::Open { .. }), "{link}");
+        std::fs::remove_file(at(damage)).unwrap();
+        let absent = Snapshot::open(directory.path()).unwrap_err();
+        assert!(absent.to_string().contains("hint:"), "{absent}");
     }
-    let longer = [file.as_slice(), &[0]].concat();
+    let inside = directory.path().join("absent/deeper");
+    let nowhere = vm.handle.save(&inside).unwrap_err();
     assert!(matches!(
-        problem(&longer),
-        Some(StateProblem::Length { .. })
+        nowhere,
+        SaveError::Snapshot(SnapshotError::Write { .. })
     ));
-    let other = snapshot::seal(&file[header..], &HostKey::from_bytes([7; 32]));
-    assert!(matches!(problem(&other), Some(StateProblem::OtherHost)));
-    let trailing = [&file[header..], &[0]].concat();
-    let trailing = snapshot::seal(&trailing, &HostKey::of_this_host().unwrap());
-    assert!(matches!(
-        problem(&trailing),
-        Some(StateProblem::Trailing { bytes: 1 })
-    ));
-}
-
-#[test]
-fn a_state_of_any_lengths_is_refused_or_taken_and_costs_no_memory() {
-    let directory = tempfile::tempdir().unwrap();
-    let file = state_file(directory.path());
-    let payload = &file[snapshot::HEADER_BYTES..];
-    snapshot::offer_to_devices(snapshot::decode(payload).unwrap()).unwrap();
-    // The largest number of an encoded length.
-    let huge = [[0xff; 9].as_slice(), &[1]].concat();
-    let state = snapshot::decode(payload).unwrap();
-    let devices = postcard::to_allocvec(&state.functions).unwrap().len();
-    let (mut refused, mut offered) = (0, 0);
-    largest_allocation::forget();
-    for place in 0..payload.len() {
-        let (start, end) = (&payload[..place], &payload[place + 1..]);
-        let changes: [&[u8]; 3] = [&[0x7f], &[0xff, 0xff, 0x03], &huge];
-        for change in changes {
-            match snapshot::decode(&[start, change, end].concat()) {
-                Err(_named) => refused += 1,
-                // What comes before the devices is vCPUs, where any value goes.
-                Ok(state) if place % 5 == 0 && place + devices >= payload.len() => {
-                    offered += 1;
-                    let _refused = snapshot::offer_to_devices(state);
-                }
-                Ok(_) => {}
-            }
-        }
-    }
-    assert!(
-        refused > payload.len() / 2,
-        "{refused} of {}",
-        payload.len()
-    );
-    assert!(offered > 100, "{offered}");
-    assert!(largest_allocation::bytes() < 1 << 20);
-}
-
-/// The largest allocation of each thread.
-mod largest_allocation {
-    #![expect(unsafe_code, reason = "an allocator has no safe form")]
-
-    use std::alloc::{GlobalAlloc, Layout, System};
-    use std::cell::Cell;
-
-    thread_local! {
-        static LARGEST: Cell<usize> = const { Cell::new(0) };
-    }
-
-    pub fn forget() {
-        LARGEST.set(0);
-    }
-
-    pub fn bytes() -> usize {
-        LARGEST.get()
-    }
-
-    struct Watched;
-
-    #[global_allocator]
-    static WATCHED: Watched = Watched;
-
-    // SAFETY: everything is the system's allocator's; the note beside it allocates nothing.
-    unsafe impl GlobalAlloc for Watched {
-        unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-            // A thread at its end has no such variable any more.
-            let _ending = LARGEST.try_with(|largest| largest.set(largest.get().max(layout.size())));
-            // SAFETY: the caller's contract is the same.
-            unsafe { System.alloc(layout) }
-        }
-
-        unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
-            // SAFETY: the caller's contract is the same, and every block is the system's.
-            unsafe { System.dealloc(block, layout) }
-        }
-    }
-}
-
-/// A disk of 64 blocks of 4 KiB and a bit more.
-fn disk_file() -> Arc<File> {
-    let base = tempfile::tempfile().unwrap();
-    base.set_len(65 * 4096).unwrap();
-    Arc::new(base)
-}
-
-fn overlay_disk(base: &Arc<File>) -> DiskSpec {
-    DiskSpec {
-        source: DiskSource::Overlay {
-            base: Arc::clone(base),
-            delta_dir: std::env::temp_dir(),
-        },
-        serial: String::new(),
-        durable: false,
-    }
-}
-
-fn with_disk(code: &Code, base: &Arc<File>) -> VmSpec {
-    let mut spec = spec(code);
-    spec.disks = vec![overlay_disk(base)];
-    spec
-}
-
-fn clone_with_disk(snapshot: &Snapshot, base: &Arc<File>) -> Running {
-    let mut spec = RestoreSpec::new("vm1");
-    spec.disks = vec![overlay_disk(base)];
-    try_clone(spec, snapshot).unwrap()
-}
-
-/// A clone that runs to its end by itself.
-fn ends_well(clone: Running) {
-    clone.handle.resume().unwrap();
-    assert_eq!(clone.end(), VmEnd::PowerOff);
-}
-
-#[test]
-fn a_disk_saved_while_it_is_written_loses_nothing_and_repeats_nothing() {
-    let base = disk_file();
-    let vm = run(with_disk(&disk_guest(), &base));
-    vm.wait_for("go");
-    let mut saved = Vec::new();
-    while saved.len() < 6 && vm.handle.pause().is_ok() {
-        let directory = tempfile::tempdir().unwrap();
-        vm.handle.save(directory.path()).unwrap();
-        vm.handle.resume().unwrap();
-        saved.push(directory);
-    }
-    assert_eq!(vm.end(), VmEnd::PowerOff, "the machine itself goes on");
-    assert!(saved.len() >= 3, "saved {} times", saved.len());
-    for directory in &saved {
-        let snapshot = Snapshot::open(directory.path()).unwrap();
-        // Two at once, each on a delta of its own.
-        let clones = [(); 2].map(|()| clone_with_disk(&snapshot, &base));
-        clones.into_iter().for_each(ends_well);
-    }
-    assert_eq!(base.metadata().unwrap().len(), 65 * 4096);
-}
-
-/// Values that the disk's guest writes, four at a time, each into the block of its number.
-const WRITES: u32 = 4096;
-const BLOCKS: u32 = 64;
-const RING: u64 = 0x20_0000;
-/// Offsets of the guest's things from [`RING`].
-const AVAILABLE: u64 = 0x1000;
-const USED: u64 = 0x2000;
-const HEADERS: u64 = 0x3000;
-const STATUS: u64 = 0x4000;
-const DATA: u64 = 0x1_0000;
-/// Entry and bytes of one request's header, status and data.
-const STRIDE: [u64; 3] = [0x40, 0x40, 0x1000];
-
-fn low(address: u64) -> [u8; 4] {
-    u32::try_from(address).unwrap().to_le_bytes()
-}
-
-/// Writes every value once into its block, checks after each round that all answers came exactly
-/// once, and at the end that each block holds its last value. Powers off if so, and resets if not.
-fn disk_guest() -> Code {
-    let bar = layout::BAR_WINDOW + 5 * layout::BAR_SIZE;
-    let mut code = disk_driver(bar);
-    for head in 0..4_u64 {
-        code = disk_request(code, head, 1);
-    }
-    code = code.print("go");
-    // mov ebx, 4
-    code = code.raw(&[0xbb, 4, 0, 0, 0]);
-    let round = code.0.len();
-    for head in 0..4_u8 {
-        let header = low(RING + HEADERS + u64::from(head) * STRIDE[0] + 8);
-        let data = low(RING + DATA + u64::from(head) * STRIDE[2]);
-        // lea ecx, [rbx + head]; mov [data], ecx; and ecx, 63; shl ecx, 3; mov [sector], ecx
-        code = code.raw(&[0x8d, 0x4b, head, 0x89, 0x0c, 0x25]).raw(&data);
-        code = code.raw(&[0x83, 0xe1, 63, 0xc1, 0xe1, 3, 0x89, 0x0c, 0x25]);
-        code = code.raw(&header);
-    }
-    code = wait_for_answers(code, bar);
-    for head in 0..4 {
-        code = expect_status(code, head);
-    }
-    // add ebx, 4; cmp ebx, WRITES; jbe round
-    code = code
-        .raw(&[0x83, 0xc3, 4, 0x81, 0xfb])
-        .raw(&WRITES.to_le_bytes());
-    code = jump_back(code, &[0x0f, 0x86], round);
-    // Reads everything back: mov ebx, what was made available.
-    code = code.raw(&[0xbb]).raw(&WRITES.to_le_bytes());
-    for first in (0..BLOCKS).step_by(4) {
-        for head in 0..4_u64 {
-            code = disk_request(code, head, 3);
-            let sector = (first + u32::try_from(head).unwrap()) * 8;
-            let header = RING + HEADERS + head * STRIDE[0];
-            code = code.store32(header, 0).store32(header + 8, sector);
-        }
-        code = wait_for_answers(code.raw(&[0x83, 0xc3, 4]), bar);
-        for head in 0..4_u64 {
-            let block = first + u32::try_from(head).unwrap();
-            // The last round wrote WRITES to WRITES + 3, the one before what lies below.
-            let last = if block < 4 { WRITES } else { WRITES - BLOCKS };
-            code = expect_status(code, head);
-            code = expect(code, RING + DATA + head * STRIDE[2], last + block);
-        }
-    }
-    code.power_off()
-}
-
-/// Brings the disk up to DRIVER_OK with a queue of 16 whose available ring names four chains.
-fn disk_driver(bar: u64) -> Code {
-    let mut code = Code::new().store16(layout::ECAM + (5 << 15) + 4, 6);
-    for status in [0, 1, 3] {
-        code = code.store8(bar + 20, status);
-    }
-    code = code.store32(bar + 8, 1).store32(bar + 12, 1);
-    code = code.store8(bar + 20, 11).store16(bar + 24, 16);
-    for (register, at) in [(32, 0), (40, AVAILABLE), (48, USED)] {
-        code = code
-            .store32(bar + register, u32::try_from(RING + at).unwrap())
-            .store32(bar + register + 4, 0);
-    }
-    for slot in 0..16_u64 {
-        let head = u16::try_from(slot % 4 * 3).unwrap();
-        code = code.store16(RING + AVAILABLE + 4 + slot * 2, head);
-    }
-    code.store16(bar + 28, 1).store8(bar + 20, 15)
-}
-
-/// A chain of header, data and status; `flags` of the data: 1 if the device reads it, 3 if not.
-fn disk_request(code: Code, head: u64, flags: u32) -> Code {
-    let at = |offset: u64, stride: usize| u32::try_from(RING + offset + head * STRIDE[stride]);
-    let next = |index: u64| u32::try_from(head * 3 + index).unwrap() << 16;
-    let [header, status, data] = [(HEADERS, 0), (STATUS, 1), (DATA, 2)];
-    let chain = [
-        (at(header.0, header.1).unwrap(), 16, 1 | next(1)),
-        (at(data.0, data.1).unwrap(), 4096, flags | next(2)),
-        (at(status.0, status.1).unwrap(), 1, 2),
-    ];
-    let mut code = code.store32(RING + HEADERS + head * STRIDE[0], 1);
-    for (index, (address, len, flags)) in (head * 3..).zip(chain) {
-        let entry = RING + index * 16;
-        code = code.store32(entry, address).store32(entry + 4, 0);
-        code = code.store32(entry + 8, len).store32(entry + 12, flags);
-    }
-    code
-}
-
-/// Makes requests available up to the index in EBX, kicks, and waits until the used index is there
-/// too: one that is ahead of it, or more than four behind, resets.
-fn wait_for_answers(mut code: Code, bar: u64) -> Code {
-    for head in 0..4 {
-        code = code.store8(RING + STATUS + head * STRIDE[1], 0xff);
-    }
-    // mov [available index], bx; then the notify register: mov edx, at; xor eax, eax; mov [rdx], ax
-    code = code
-        .raw(&[0x66, 0x89, 0x1c, 0x25])
-        .raw(&low(RING + AVAILABLE + 2));
-    code = code.raw(&[0xba]).raw(&low(bar + 0x3000));
-    code = code.raw(&[0x31, 0xc0, 0x66, 0x89, 0x02]);
-    let poll = code.0.len();
-    // mov ecx, ebx; sub cx, [used index]; je done
-    let reset = Code::new().reset().halt().0;
-    code = code
-        .raw(&[0x89, 0xd9, 0x66, 0x2b, 0x0c, 0x25])
-        .raw(&low(RING + USED + 2));
-    let past = u8::try_from(4 + 6 + reset.len()).unwrap();
-    code = code.raw(&[0x74, past]);
-    // cmp cx, 4; jbe poll; reset
-    code = code.raw(&[0x66, 0x83, 0xf9, 4]);
-    jump_back(code, &[0x0f, 0x86], poll).raw(&reset)
-}
-
-/// cmp byte [status], 0; je over a reset
-fn expect_status(code: Code, head: u64) -> Code {
-    let reset = Code::new().reset().halt().0;
-    code.raw(&[0x80, 0x3c, 0x25])
-        .raw(&low(RING + STATUS + head * STRIDE[1]))
-        .raw(&[0, 0x74, u8::try_from(reset.len()).unwrap()])
-        .raw(&reset)
-}
-
-/// A jump with a 32-bit distance back to a place in the code.
-fn jump_back(code: Code, opcode: &[u8], to: usize) -> Code {
-    let code = code.raw(opcode);
-    let distance = i32::try_from(code.0.len() + 4 - to).unwrap();
-    code.raw(&(-distance).to_le_bytes())
+    vm.handle.resume().unwrap();
 }
