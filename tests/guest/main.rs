@@ -14,6 +14,7 @@ mod disk;
 mod memory;
 mod net;
 mod platform;
+mod snapshot;
 #[path = "../tiny_kernel/mod.rs"]
 mod tiny_kernel;
 

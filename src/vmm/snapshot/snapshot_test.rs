@@ -4,6 +4,7 @@ use std::fs::File;
 use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use crate::vmm::testing::{Code, Running, clone_of, disk_file, overlay_disk, run, spec, try_clone};
 use crate::vmm::{
@@ -399,4 +400,91 @@ fn a_directory_that_is_no_whole_snapshot_says_what_is_wrong() {
         SaveError::Snapshot(SnapshotError::Write { .. })
     ));
     vm.handle.resume().unwrap();
+}
+
+/// The clock's structure (Linux, asm/pvclock-abi.h), which the guest has at 0x21_0000, and eight
+/// bytes of TSC behind it.
+const READING: usize = 40;
+/// PVCLOCK_GUEST_STOPPED: what looks like a lock-up was a pause.
+const STOPPED: u8 = 1 << 1;
+
+/// Shows its clock for each key.
+fn clock_guest() -> Code {
+    // mov ecx, MSR_KVM_SYSTEM_TIME_NEW; mov eax, 0x21_0001; xor edx, edx; wrmsr
+    let code = Code::new().raw(&[0xb9, 0x01, 0x4d, 0x56, 0x4b, 0xb8, 0x01, 0x00, 0x21, 0x00]);
+    let code = code.raw(&[0x31, 0xd2, 0x0f, 0x30]);
+    let again = code.0.len();
+    // rdtsc; mov [0x21_0020], eax; mov [0x21_0024], edx
+    let code = code
+        .key()
+        .raw(&[0x0f, 0x31, 0x89, 0x04, 0x25, 0x20, 0x00, 0x21, 0x00]);
+    let code = code.raw(&[0x89, 0x14, 0x25, 0x24, 0x00, 0x21, 0x00]);
+    // mov ecx, 40; mov esi, 0x21_0000; mov dx, COM1; rep outsb; jmp again
+    let code = code.raw(&[0xb9, 40, 0, 0, 0, 0xbe, 0x00, 0x00, 0x21, 0x00]);
+    let code = code.raw(&[0x66, 0xba, 0xf8, 0x03, 0xf3, 0x6e, 0xe9]);
+    let distance = i32::try_from(code.0.len() + 4 - again).unwrap();
+    code.raw(&(-distance).to_le_bytes())
+}
+
+/// What the guest's clock shows, and whether it was told that it was stopped.
+fn time_of(vm: &Running, output: &Path) -> (Duration, bool) {
+    let before = std::fs::read(output).unwrap().len();
+    typed(vm, "x");
+    let deadline = Instant::now() + Duration::from_secs(30);
+    let mut bytes = Vec::new();
+    while bytes.len() < before + READING {
+        assert!(Instant::now() < deadline, "the clock is never shown");
+        bytes = std::fs::read(output).unwrap();
+    }
+    let reading = &bytes[before..];
+    let number = |at: usize| u64::from_le_bytes(reading[at..at + 8].try_into().unwrap());
+    let (stamp, system, tsc) = (number(8), number(16), number(32));
+    let multiplier = number(24) & 0xffff_ffff;
+    let shift = i8::from_le_bytes([reading[28]]);
+    let ticks = u128::from(tsc.saturating_sub(stamp));
+    let ticks = match u32::try_from(shift) {
+        Ok(left) => ticks << left,
+        Err(_negative) => ticks >> shift.unsigned_abs(),
+    };
+    let passed = u64::try_from((ticks * u128::from(multiplier)) >> 32).unwrap();
+    (
+        Duration::from_nanos(system + passed),
+        reading[29] & STOPPED != 0,
+    )
+}
+
+#[test]
+fn the_guests_clock_stands_still_while_it_is_paused_or_saved() {
+    let parked = Duration::from_millis(700);
+    let output = tempfile::NamedTempFile::new().unwrap();
+    let mut spec = spec(&clock_guest());
+    spec.golden = true;
+    spec.console = Some(output.reopen().unwrap());
+    let vm = run(spec);
+    let start = Instant::now();
+    let (first, stopped) = time_of(&vm, output.path());
+    assert!(!stopped, "it has run from the start");
+    vm.handle.pause().unwrap();
+    std::thread::sleep(parked);
+    vm.handle.resume().unwrap();
+    let (second, stopped) = time_of(&vm, output.path());
+    assert!(stopped, "told of the pause");
+    assert!(second > first && second - first < start.elapsed() - parked);
+    vm.handle.pause().unwrap();
+    let snapshot = vm.handle.freeze().unwrap();
+    for _clone in 0..2 {
+        let output = tempfile::NamedTempFile::new().unwrap();
+        let mut spec = RestoreSpec::new("vm1");
+        spec.console = Some(output.reopen().unwrap());
+        let clone = try_clone(spec, &snapshot).unwrap();
+        std::thread::sleep(parked);
+        let start = Instant::now();
+        clone.handle.resume().unwrap();
+        let (third, _told_before) = time_of(&clone, output.path());
+        assert!(third > second, "{third:?} {second:?}");
+        // What passed of the golden machine's time before it was paused is little.
+        assert!(third - second < start.elapsed() + parked / 2);
+        clone.handle.kill();
+        clone.end();
+    }
 }

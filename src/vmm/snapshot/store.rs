@@ -82,10 +82,13 @@ impl Directory {
             let owner_only = Mode::RUSR | Mode::WUSR;
             let file = openat(&self.handle, &temporary, flags, owner_only)?;
             let file = File::from(file);
-            fill(&file)?;
-            file.sync_data()?;
-            renameat(&self.handle, &temporary, &self.handle, name)?;
-            Ok(())
+            let filled = fill(&file).and_then(|()| file.sync_data());
+            if filled.is_err() {
+                // What there was no room for must not keep the rest of it.
+                let _left = unlinkat(&self.handle, &temporary, AtFlags::empty());
+            }
+            filled?;
+            Ok(renameat(&self.handle, &temporary, &self.handle, name)?)
         };
         written().map_err(|source| SnapshotError::Write {
             path: self.path.join(name),
