@@ -146,6 +146,91 @@ fn a_signal_ends_the_machine() {
     assert_eq!(status.code(), Some(13), "{status}");
 }
 
+/// Waits for a key: mov edx, LSR; in al, dx; test al, 1; jz to the in.
+const KEY: [u8; 10] = [0xba, 0xfd, 0x03, 0x00, 0x00, 0xec, 0xa8, 0x01, 0x74, 0xfb];
+
+#[test]
+fn a_saved_machine_goes_on_from_its_snapshot_again_and_again() {
+    let code = [
+        print("up\n"),
+        KEY.to_vec(),
+        print("on\n"),
+        out(SLEEP_PORT, 0x34),
+    ]
+    .concat();
+    let kernel = kernel(&code);
+    let directory = tempfile::tempdir().unwrap();
+    let saved = directory.path().join("saved");
+    let mut child = boot(kernel.path(), &["--snapshot-on", "SIGUSR2"])
+        .arg(&saved)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut up = [0; 3];
+    child.stdout.as_mut().unwrap().read_exact(&mut up).unwrap();
+    let pid = rustix::process::Pid::from_child(&child);
+    for _time in 0..2 {
+        rustix::process::kill_process(pid, rustix::process::Signal::USR2).unwrap();
+        let mut said = Vec::new();
+        while !said.ends_with(b"\n") {
+            let mut byte = [0];
+            child
+                .stderr
+                .as_mut()
+                .unwrap()
+                .read_exact(&mut byte)
+                .unwrap();
+            said.push(byte[0]);
+        }
+        let said = String::from_utf8(said).unwrap();
+        assert!(said.starts_with("saved to"), "{said}");
+    }
+    child.stdin.as_mut().unwrap().write_all(b"x").unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(
+        (output.status.code(), output.stdout.as_slice()),
+        (Some(0), &b"on\n"[..])
+    );
+    let restore = || {
+        let mut command = Command::new(PROGRAM);
+        command.args(["boot", "--restore"]).arg(&saved);
+        command
+    };
+    for _time in 0..2 {
+        let mut child = restore()
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        child.stdin.as_mut().unwrap().write_all(b"x").unwrap();
+        let output = child.wait_with_output().unwrap();
+        assert_eq!(
+            (output.status.code(), output.stdout.as_slice()),
+            (Some(0), &b"on\n"[..])
+        );
+    }
+    let state = saved.join("state");
+    let mut bytes = std::fs::read(&state).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    std::fs::write(&state, bytes).unwrap();
+    let output = restore().output().unwrap();
+    assert_eq!(output.status.code(), Some(3));
+    let text = stderr(&output);
+    assert!(
+        text.contains("checksum") && text.contains("hint:"),
+        "{text}"
+    );
+    std::fs::remove_file(&state).unwrap();
+    let output = restore().output().unwrap();
+    assert!(
+        stderr(&output).contains("cannot open the snapshot's"),
+        "{}",
+        stderr(&output)
+    );
+}
+
 #[test]
 fn the_terminal_is_raw_meanwhile_and_its_escape_key_ends_the_machine() {
     let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();

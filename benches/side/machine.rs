@@ -200,6 +200,7 @@ fn embedded(machine: &Machine, vhost: bool, started: Instant) -> anyhow::Result<
         disks,
         net,
         console: Some(File::from(std::os::fd::OwnedFd::from(writer))),
+        golden: false,
         agent_channel: machine.agent,
     };
     let handle = vmm::start(spec, Box::new(|_end| {}))?;

@@ -19,12 +19,16 @@ use anyhow::{Context, bail};
 use terminal::Signals;
 
 use crate::net;
-use crate::vmm::{self, BootPhase, DiskSource, DiskSpec, KernelSource, NetSpec, VmSpec};
+use crate::vmm::{
+    self, BootPhase, DiskSource, DiskSpec, KernelSource, NetSpec, RestoreSpec, Snapshot, VmHandle,
+    VmSpec,
+};
 
 /// Exit code of a set-up that failed; a machine's ends have their own.
 const SETUP_FAILED: u8 = 3;
 /// A file of this magic is no raw image.
 const QCOW2: &[u8; 4] = b"QFI\xfb";
+
 /// Boot a Linux kernel in a machine on this terminal
 ///
 /// Exit codes: 0 power-off, 2 usage, 3 set-up, 10 reboot, 11 triple fault, 12 kernel panic,
@@ -32,23 +36,27 @@ const QCOW2: &[u8; 4] = b"QFI\xfb";
 #[derive(Debug, clap::Args)]
 pub struct BootArgs {
     /// An ELF vmlinux or a bzImage (vmlinuz)
-    #[arg(long, value_name = "FILE")]
-    kernel: PathBuf,
+    #[arg(long, value_name = "FILE", required_unless_present = "restore")]
+    kernel: Option<PathBuf>,
     /// An initramfs
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", conflicts_with = "restore")]
     initrd: Option<PathBuf>,
     /// The kernel's command line
-    #[arg(long, default_value = "console=ttyS0 reboot=a panic=-1")]
+    #[arg(
+        long,
+        conflicts_with = "restore",
+        default_value = "console=ttyS0 reboot=a panic=-1"
+    )]
     cmdline: String,
     /// A raw disk image, in the order vda, vdb, ...: written in place, read-only with `,ro`, or
     /// with changes that are gone at the end with `,cow`
     #[arg(long = "disk", value_name = "PATH[,ro|,cow]")]
     disks: Vec<DiskArg>,
     /// vCPUs, 1 to 64
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=64))]
+    #[arg(long, conflicts_with = "restore", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=64))]
     cpus: u8,
     /// Memory, at least 64
-    #[arg(long, value_name = "MIB", default_value_t = 512, value_parser = clap::value_parser!(u32).range(64..))]
+    #[arg(long, value_name = "MIB", conflicts_with = "restore", default_value_t = 512, value_parser = clap::value_parser!(u32).range(64..))]
     memory: u32,
     /// The network card: an existing TAP, or none
     #[arg(long, value_name = "tap=NAME|none", default_value = "none")]
@@ -59,6 +67,14 @@ pub struct BootArgs {
     /// Print when each phase of the boot was reached
     #[arg(long)]
     timing: bool,
+    /// Save the machine to a directory whenever this program gets the signal, SIGUSR2; its disks
+    /// must be `,ro` or `,cow`
+    #[arg(long, num_args = 2, value_names = ["SIGNAL", "DIR"])]
+    snapshot_on: Option<Vec<PathBuf>>,
+    /// Go on from a snapshot instead of booting a kernel, with the same disks and the like of the
+    /// same network card
+    #[arg(long, value_name = "DIR", conflicts_with = "kernel")]
+    restore: Option<PathBuf>,
 }
 
 /// A disk and how it may be changed.
@@ -116,12 +132,7 @@ impl FromStr for NetArg {
 pub fn run(args: BootArgs) -> ExitCode {
     let timing = args.timing;
     let on_terminal = args.console.as_os_str() == "stdio";
-    let started = machine(args).and_then(|spec| {
-        let signals = Signals::catch().context("cannot catch signals")?;
-        let handle = vmm::start(spec, Box::new(|_end| {}))?;
-        signals.end(&handle);
-        Ok(handle)
-    });
+    let started = start(args);
     let handle = match started {
         Ok(handle) => handle,
         Err(error) => return failed(&error),
@@ -170,7 +181,49 @@ fn describe(phase: BootPhase) -> &'static str {
     }
 }
 
+fn start(args: BootArgs) -> anyhow::Result<VmHandle> {
+    let snapshots = args.snapshot_on.as_deref().map(snapshot_directory);
+    let signals = Signals::catch(snapshots.transpose()?).context("cannot catch signals")?;
+    let handle = match &args.restore {
+        Some(directory) => {
+            let snapshot = Snapshot::open(directory)?;
+            let handle = vmm::restore(outside(&args)?, &snapshot, Box::new(|_end| {}))?;
+            handle.resume()?;
+            handle
+        }
+        None => vmm::start(machine(args)?, Box::new(|_end| {}))?,
+    };
+    signals.serve(&handle);
+    Ok(handle)
+}
+
+/// The directory of `--snapshot-on`, which knows one signal only.
+fn snapshot_directory(words: &[PathBuf]) -> anyhow::Result<PathBuf> {
+    match words {
+        [signal, directory] if signal.as_os_str() == "SIGUSR2" => Ok(directory.clone()),
+        _ => bail!("--snapshot-on knows the signal SIGUSR2 only"),
+    }
+}
+
 fn machine(args: BootArgs) -> anyhow::Result<VmSpec> {
+    let outside = outside(&args)?;
+    Ok(VmSpec {
+        name: outside.name,
+        vcpus: args.cpus,
+        memory_mib: args.memory,
+        kernel: KernelSource::Path(args.kernel.context("a machine needs a --kernel")?),
+        initrd: args.initrd,
+        cmdline: args.cmdline,
+        disks: outside.disks,
+        net: outside.net,
+        console: outside.console,
+        agent_channel: false,
+        golden: false,
+    })
+}
+
+/// What a machine has of the host, booted or restored.
+fn outside(args: &BootArgs) -> anyhow::Result<RestoreSpec> {
     let console = if args.console.as_os_str() == "stdio" {
         let stdout = io::stdout().as_fd().try_clone_to_owned();
         File::from(stdout.context("cannot use this terminal")?)
@@ -190,17 +243,11 @@ fn machine(args: BootArgs) -> anyhow::Result<VmSpec> {
         NetArg::None => None,
         NetArg::Tap(name) => Some(open_net(name)?),
     };
-    Ok(VmSpec {
+    Ok(RestoreSpec {
         name: "boot".to_owned(),
-        vcpus: args.cpus,
-        memory_mib: args.memory,
-        kernel: KernelSource::Path(args.kernel),
-        initrd: args.initrd,
-        cmdline: args.cmdline,
         disks,
         net,
         console: Some(console),
-        agent_channel: false,
     })
 }
 

@@ -510,7 +510,7 @@ impl Transport {
                 .iter()
                 .zip(&self.state.queues)
                 .all(|(new, old)| new.max_size == old.max_size && new.size <= old.max_size)
-            && state.driver_features & !self.features == 0;
+            && state.is_reachable(self.features);
         if !fits {
             return Err(HostFault::msg("saved transport does not fit this device"));
         }
@@ -551,6 +551,20 @@ impl TransportState {
                 .map(|size| QueueSetup::new(*size))
                 .collect(),
         }
+    }
+}
+
+impl TransportState {
+    /// Whether a driver's writes can lead here.
+    fn is_reachable(&self, features: u64) -> bool {
+        let has = |bit| self.status & bit != 0;
+        let accepted = self.driver_features & !features == 0
+            && self.driver_features & (1 << VIRTIO_F_VERSION_1) != 0;
+        let shaped = |queue: &QueueSetup| queue.size.is_power_of_two();
+        self.status & !DRIVER_BITS == 0
+            && (!has(DRIVER_OK) || has(FEATURES_OK))
+            && (!has(FEATURES_OK) || accepted)
+            && self.queues.iter().all(shaped)
     }
 }
 

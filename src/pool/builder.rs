@@ -398,6 +398,7 @@ fn prebuild_spec(
         }),
         console: Some(machines.store.create_console(PREBUILD)?),
         agent_channel: false,
+        golden: false,
     })
 }
 

@@ -230,6 +230,7 @@ async fn start_vm(
         }),
         console,
         agent_channel: true,
+        golden: false,
     };
     Vm::start(vm_spec).await.map_err(MachineError::Start)
 }

@@ -17,11 +17,11 @@ use super::irq::IrqRouter;
 use super::layout;
 use super::pci::{Bus, DriverReady, VirtioFunction};
 use super::platform::{Events, Platform};
-use super::spec::{AGENT_PORT, BootPhase, DiskSource, DiskSpec, NetSpec, VmEnd, VmSpec};
+use super::spec::{AGENT_PORT, BootPhase, DiskSource, DiskSpec, NetSpec, VmEnd};
 use super::timeline::Timeline;
 use super::vcpu::Ending;
 use crate::devices::balloon::Balloon;
-use crate::devices::block::{Block, BlockSpec, Disk, Overlay};
+use crate::devices::block::{Block, BlockSpec, Disk, Golden, Overlay};
 use crate::devices::console::{Console, ConsoleConfig, ConsoleSink};
 use crate::devices::entropy::Entropy;
 use crate::devices::net::{Net, NetConfig};
@@ -50,11 +50,21 @@ pub(super) struct Wiring<'a> {
     pub sink: &'a ConsoleSink,
 }
 
+/// What the devices are made from.
+pub(super) struct Parts {
+    pub memory_mib: u32,
+    pub net: Option<NetSpec>,
+    pub agent_channel: bool,
+    /// Each with the layer of a snapshot that it lies on.
+    pub disks: Vec<(DiskSpec, Option<Golden>)>,
+}
+
 /// The assembled machine.
 pub(super) struct Assembled {
     pub platform: Arc<Platform>,
-    /// The deltas of its disks, to be measured.
-    pub deltas: Vec<File>,
+    pub irqs: Arc<IrqRouter>,
+    /// Of each disk in order.
+    pub disks: Vec<DiskFile>,
     pub balloon_mib: BalloonMeter,
     /// The host's end of the agent channel.
     pub agent: Option<UnixStream>,
@@ -64,9 +74,26 @@ pub(super) struct Assembled {
 /// Reads how much the balloon holds.
 pub(super) type BalloonMeter = Box<dyn Fn() -> u32 + Send>;
 
+/// Where a disk's changes go.
+pub(super) enum DiskFile {
+    InPlace,
+    Nowhere,
+    Delta(File),
+}
+
+impl DiskFile {
+    pub(super) fn delta(&self) -> Option<&File> {
+        match self {
+            Self::Delta(file) => Some(file),
+            Self::InPlace | Self::Nowhere => None,
+        }
+    }
+}
+
 /// Bytes that the deltas take on storage.
-pub(super) fn delta_bytes(deltas: &[File]) -> u64 {
-    let blocks = deltas.iter().filter_map(|delta| delta.metadata().ok());
+pub(super) fn delta_bytes(disks: &[DiskFile]) -> u64 {
+    let deltas = disks.iter().filter_map(DiskFile::delta);
+    let blocks = deltas.filter_map(|delta| delta.metadata().ok());
     blocks.map(|meta| meta.blocks().saturating_mul(512)).sum()
 }
 
@@ -92,7 +119,7 @@ pub(super) fn describe(fault: &dyn std::error::Error) -> String {
 }
 
 /// Builds a VM's devices; nothing runs yet.
-pub(super) fn assemble(spec: &mut VmSpec, wiring: &Wiring<'_>) -> Result<Assembled, StartError> {
+pub(super) fn assemble(parts: Parts, wiring: &Wiring<'_>) -> Result<Assembled, StartError> {
     let irqs = IrqRouter::new(Arc::clone(wiring.vm))?;
     let mut builder = Builder {
         wiring,
@@ -102,10 +129,10 @@ pub(super) fn assemble(spec: &mut VmSpec, wiring: &Wiring<'_>) -> Result<Assembl
         devices_worker: None,
         block_worker: None,
     };
-    if let Some(net) = spec.net.take() {
+    if let Some(net) = parts.net {
         builder.insert(NET_SLOT, net_device(net)?)?;
     }
-    let (agent, device_end) = agent_channel(spec.agent_channel)?;
+    let (agent, device_end) = agent_channel(parts.agent_channel)?;
     let agent_opened = Arc::new(OnceLock::new());
     let console = Console::new(ConsoleConfig {
         sink: wiring.sink.clone(),
@@ -121,22 +148,24 @@ pub(super) fn assemble(spec: &mut VmSpec, wiring: &Wiring<'_>) -> Result<Assembl
     let stats = balloon.stats();
     builder.insert(BALLOON_SLOT, Box::new(balloon))?;
     builder.insert(ENTROPY_SLOT, Box::new(Entropy::new()))?;
-    let mut deltas = Vec::new();
-    for (slot, disk) in (FIRST_DISK_SLOT..).zip(std::mem::take(&mut spec.disks)) {
+    let mut disks = Vec::new();
+    for (slot, (disk, golden)) in (FIRST_DISK_SLOT..).zip(parts.disks) {
         let name = format!("{}/disk{}", wiring.name, slot - FIRST_DISK_SLOT);
-        let block = block_device(disk, name, &mut deltas)?;
+        let (block, file) = block_device(disk, golden, name)?;
         builder.insert(slot, block)?;
+        disks.push(file);
     }
     let uart = Uart::new(wiring.sink.clone(), irqs.pin(layout::COM1_IRQ)?);
     let platform = Platform {
         pci: builder.bus,
         uart: Mutex::new(uart),
         events: Events::new(irqs.pin(layout::GED_IRQ)?),
-        ram: layout::ram_ranges(u64::from(spec.memory_mib) << 20),
+        ram: layout::ram_ranges(u64::from(parts.memory_mib) << 20),
     };
     Ok(Assembled {
         platform: Arc::new(platform),
-        deltas,
+        irqs,
+        disks,
         balloon_mib: Box::new(move || stats.actual_pages() / PAGES_PER_MIB),
         agent,
         agent_opened,
@@ -210,20 +239,21 @@ fn agent_channel(wanted: bool) -> Result<(Option<UnixStream>, Option<UnixStream>
 
 fn block_device(
     spec: DiskSpec,
+    golden: Option<Golden>,
     name: String,
-    deltas: &mut Vec<File>,
-) -> Result<Box<dyn VirtioDevice>, StartError> {
-    let disk = match spec.source {
-        DiskSource::Direct(file) => Disk::Direct(file),
-        DiskSource::ReadOnly(file) => Disk::ReadOnly(file),
+) -> Result<(Box<dyn VirtioDevice>, DiskFile), StartError> {
+    let (disk, file) = match spec.source {
+        DiskSource::Direct(file) => (Disk::Direct(file), DiskFile::InPlace),
+        DiskSource::ReadOnly(file) => (Disk::ReadOnly(file), DiskFile::Nowhere),
         DiskSource::Overlay { base, delta_dir } => {
             let delta_error = |source| StartError::Delta {
                 dir: delta_dir.clone(),
                 source,
             };
             let delta = delta::create(&delta_dir).map_err(delta_error)?;
-            deltas.push(delta.try_clone().map_err(delta_error)?);
-            Disk::Overlay(Overlay::new(base, None, delta).map_err(delta_error)?)
+            let file = DiskFile::Delta(delta.try_clone().map_err(delta_error)?);
+            let overlay = Overlay::new(base, golden, delta).map_err(delta_error)?;
+            (Disk::Overlay(overlay), file)
         }
     };
     let what = format!("the disk {name}");
@@ -233,5 +263,5 @@ fn block_device(
         durable: spec.durable,
         name,
     });
-    Ok(Box::new(block.map_err(device_error(what))?))
+    Ok((Box::new(block.map_err(device_error(what))?), file))
 }

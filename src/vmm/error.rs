@@ -10,6 +10,7 @@ use super::irq::IrqError;
 use super::kvm::KvmProblem;
 use super::memory::MemoryError;
 use super::pci::{FunctionError, NoSlot};
+use super::snapshot::SnapshotError;
 use crate::devices::{DeviceKind, HostFault};
 
 /// Why `start` failed; everything it had taken is released.
@@ -63,6 +64,8 @@ pub enum StartError {
     },
     #[error(transparent)]
     Slot(#[from] NoSlot),
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
     #[error("cannot start the thread {name}; hint: the limit of tasks (pids.max, ulimit -u)")]
     Thread {
         name: String,

@@ -4,11 +4,14 @@
 //! too. Requests go to the VM's supervisor by one channel.
 
 use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::error::VmGone;
+use super::save::Draft;
+use super::snapshot::{SaveError, Snapshot};
 use super::spec::{BootPhase, VmEnd};
 use super::timeline::Timeline;
 use super::vcpu::Ending;
@@ -35,6 +38,8 @@ pub(super) enum Request {
     PowerButton(Sender<()>),
     Pause(Sender<()>),
     Resume(Sender<()>),
+    Save(PathBuf, Sender<Result<(), SaveError>>),
+    Freeze(Sender<Result<Draft, SaveError>>),
     Stats(Sender<VmStats>),
     ConsoleInput(Vec<u8>),
     ConsoleSize {
@@ -161,9 +166,26 @@ impl VmHandle {
         self.ask(Request::Pause)
     }
 
-    /// Lets a paused VM go on.
+    /// Lets a paused VM go on, or a restored one begin. Its clock goes on where it stood.
     pub fn resume(&self) -> Result<(), VmGone> {
         self.ask(Request::Resume)
+    }
+
+    /// Saves a paused VM to a directory, which is made if it is not there; the VM can go on
+    /// afterwards. Blocks for as long as it takes to write the memory that was touched.
+    pub fn save(&self, directory: &Path) -> Result<(), SaveError> {
+        self.ask(|reply| Request::Save(directory.to_owned(), reply))?
+    }
+
+    /// Ends a paused golden VM and makes a snapshot of what it leaves: memory and disks are not
+    /// copied. Its end is [`VmEnd::Killed`]. Blocks until it is released.
+    pub fn freeze(&self) -> Result<Snapshot, SaveError> {
+        let draft = self.ask(Request::Freeze)??;
+        self.kill();
+        match self.wait() {
+            VmEnd::Killed => draft.freeze(),
+            _ => Err(VmGone.into()),
+        }
     }
 
     fn device(&self, kind: DeviceKind, command: DeviceCommand) -> Result<(), VmGone> {

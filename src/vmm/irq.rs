@@ -5,6 +5,9 @@
 //! its counter, to be delivered when it is wired again. The routing table is one for the VM and
 //! KVM takes it only as a whole, so it lies behind a short lock that vCPU exits take: an unmask
 //! must be in force when the exit returns, which a channel would not give.
+//!
+//! While a snapshot is taken everything is unwired: KVM then has injected what was signalled, and
+//! what is signalled later waits in the counters.
 
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -54,6 +57,8 @@ pub struct IrqRouter {
     vm: Arc<VmFd>,
     /// The message of each GSI from [`layout::FIRST_MSI_GSI`] on.
     messages: Mutex<Vec<Option<MsiMessage>>>,
+    /// The IOAPIC's pins in use, and their event descriptors.
+    pins: Mutex<Vec<(u32, Arc<EventFd>)>>,
 }
 
 impl IrqRouter {
@@ -62,6 +67,7 @@ impl IrqRouter {
         let router = Self {
             vm,
             messages: Mutex::new(Vec::new()),
+            pins: Mutex::new(Vec::new()),
         };
         router.write(&[])?;
         Ok(Arc::new(router))
@@ -69,11 +75,32 @@ impl IrqRouter {
 
     /// An edge-triggered line to an IOAPIC pin.
     pub fn pin(&self, pin: u32) -> Result<Interrupt, IrqError> {
-        let event = event_fd()?;
-        self.vm
-            .register_irqfd(&event, pin)
-            .map_err(IrqError::kvm("wire an interrupt pin"))?;
-        Ok(Interrupt::new(Arc::new(event)))
+        let event = Arc::new(event_fd()?);
+        self.wire_pin(pin, &event)?;
+        let mut pins = self.pins.lock().unwrap_or_else(PoisonError::into_inner);
+        pins.push((pin, Arc::clone(&event)));
+        Ok(Interrupt::new(event))
+    }
+
+    fn wire_pin(&self, pin: u32, event: &EventFd) -> Result<(), IrqError> {
+        let wired = self.vm.register_irqfd(event, pin);
+        wired.map_err(IrqError::kvm("wire an interrupt pin"))
+    }
+
+    /// Unwires all pins; when this returns, what was signalled has been injected.
+    pub fn unwire_pins(&self) -> Result<(), IrqError> {
+        let pins = self.pins.lock().unwrap_or_else(PoisonError::into_inner);
+        pins.iter().try_for_each(|(pin, event)| {
+            let unwired = self.vm.unregister_irqfd(event, *pin);
+            unwired.map_err(IrqError::kvm("unwire an interrupt pin"))
+        })
+    }
+
+    /// Undoes [`Self::unwire_pins`].
+    pub fn wire_pins(&self) -> Result<(), IrqError> {
+        let pins = self.pins.lock().unwrap_or_else(PoisonError::into_inner);
+        pins.iter()
+            .try_for_each(|(pin, event)| self.wire_pin(*pin, event))
     }
 
     /// A message-signalled line, masked.
@@ -199,6 +226,12 @@ impl Line {
             self.complained = true;
             tracing::warn!(gsi = self.gsi.0, "vector stays as it was: {error}");
         }
+    }
+
+    /// Unwires the line until it is next set; when this returns, what was signalled has been
+    /// injected.
+    pub fn unwire(&mut self) -> Result<(), IrqError> {
+        self.rewire(None)
     }
 
     fn rewire(&mut self, message: Option<MsiMessage>) -> Result<(), IrqError> {

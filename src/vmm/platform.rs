@@ -57,6 +57,11 @@ impl Events {
         }
     }
 
+    /// What the guest has not asked for yet, for a snapshot.
+    pub fn pending(&self) -> u8 {
+        self.happened.load(Ordering::Acquire)
+    }
+
     /// Reports `event`, one of the layout's GED bits.
     pub fn raise(&self, event: u8) {
         self.happened.fetch_or(event, Ordering::Release);

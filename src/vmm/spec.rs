@@ -27,6 +27,23 @@ pub struct VmSpec {
     pub console: Option<File>,
     /// Whether to offer the agent channel (console port 1).
     pub agent_channel: bool,
+    /// Its memory is to become a snapshot's without being copied
+    /// ([`VmHandle::freeze`](crate::vmm::VmHandle::freeze)).
+    pub golden: bool,
+}
+
+/// What a clone has of its own; everything else comes from its snapshot.
+#[derive(Debug)]
+pub struct RestoreSpec {
+    /// As for [`VmSpec`].
+    pub name: String,
+    /// As many as the snapshot has, in the same order: each on the same base, and an overlay
+    /// where the snapshot has an overlay.
+    pub disks: Vec<DiskSpec>,
+    /// If the snapshot has a network card. The guest remembers the address and the state of the
+    /// link that the snapshot had.
+    pub net: Option<NetSpec>,
+    pub console: Option<File>,
 }
 
 /// Where the kernel comes from; ELF and bzImage are told apart by their magic.

@@ -5,7 +5,6 @@
 //!  running ──(first recorded end)──> vCPUs joined ──> devices back ──> VM, memory ──> on_end
 //! ```
 
-use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::Receiver;
@@ -13,16 +12,19 @@ use std::sync::{Arc, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use kvm_bindings::kvm_clock_data;
 use kvm_ioctls::{VcpuFd, VmFd};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-use super::assemble::{BalloonMeter, delta_bytes, describe};
+use super::assemble::{BalloonMeter, DiskFile, delta_bytes, describe};
 use super::error::StartError;
 use super::gate::Wanted;
 use super::handle::{Outcome, Request, VmStats};
+use super::irq::IrqRouter;
 use super::kick;
 use super::layout;
 use super::memory::VmMemory;
+use super::snapshot::set_clock;
 use super::spec::{BootPhase, VmEnd};
 use super::vcpu::{self, Shared};
 use super::vm::OnEnd;
@@ -38,44 +40,29 @@ const PANIC_IS_FINAL: &str = "---[ end Kernel panic";
 /// How much of the console a panic's end carries.
 const TAIL_BYTES: usize = 4096;
 /// How long to wait for vCPUs before looking whether the VM ended meanwhile.
-const PATIENCE: Duration = Duration::from_millis(10);
+pub(super) const PATIENCE: Duration = Duration::from_millis(10);
 
 /// All of a running VM. Its drop releases it in order: vCPUs, devices, then the fields in the
 /// order they stand here.
 pub(super) struct Machine {
-    vcpus: Vec<JoinHandle<()>>,
-    shared: Shared,
-    deltas: Vec<File>,
-    balloon_mib: BalloonMeter,
-    sink: ConsoleSink,
+    pub(super) vcpus: Vec<JoinHandle<()>>,
+    pub(super) shared: Shared,
+    pub(super) irqs: Arc<IrqRouter>,
+    pub(super) disks: Vec<DiskFile>,
+    pub(super) balloon_mib: BalloonMeter,
+    pub(super) sink: ConsoleSink,
     /// Typed bytes go to the serial port instead of hvc0.
-    typed_on_uart: bool,
-    paused: bool,
-    _vm: Arc<VmFd>,
-    memory: VmMemory,
+    pub(super) typed_on_uart: bool,
+    pub(super) agent_channel: bool,
+    /// Since when the guest's clock stands still.
+    pub(super) paused: Option<kvm_clock_data>,
+    /// A snapshot has its memory: it never runs again.
+    pub(super) frozen: bool,
+    pub(super) vm: Arc<VmFd>,
+    pub(super) memory: VmMemory,
 }
 
 impl Machine {
-    pub(super) fn new(
-        shared: Shared,
-        (deltas, balloon_mib): (Vec<File>, BalloonMeter),
-        sink: ConsoleSink,
-        typed_on_uart: bool,
-        (vm, memory): (Arc<VmFd>, VmMemory),
-    ) -> Self {
-        Self {
-            vcpus: Vec::new(),
-            shared,
-            deltas,
-            balloon_mib,
-            sink,
-            typed_on_uart,
-            paused: false,
-            _vm: vm,
-            memory,
-        }
-    }
-
     /// Starts the vCPUs' threads; they wait at the gate.
     pub(super) fn spawn(&mut self, name: &str, vcpus: Vec<VcpuFd>) -> Result<(), StartError> {
         for (index, vcpu) in (0..).zip(vcpus) {
@@ -102,7 +89,9 @@ impl Machine {
             let event = EpollEvent::new(EventSet::IN, 0);
             epoll.ctl(ControlOperation::Add, fd, event)?;
         }
-        self.shared.gate.set(Wanted::Running);
+        if self.paused.is_none() {
+            self.shared.gate.set(Wanted::Running);
+        }
         let mut panicked_since = None;
         loop {
             if lost_memory.is_raised() {
@@ -156,8 +145,15 @@ impl Machine {
                 }
             }
             Request::Resume(reply) => {
-                self.resume();
-                let _gone = reply.send(());
+                if self.resume() {
+                    let _gone = reply.send(());
+                }
+            }
+            Request::Save(directory, reply) => {
+                let _gone = reply.send(self.save(&directory));
+            }
+            Request::Freeze(reply) => {
+                let _gone = reply.send(self.freeze());
             }
             Request::Stats(reply) => {
                 let _gone = reply.send(self.stats());
@@ -192,31 +188,59 @@ impl Machine {
 
     /// Parks the vCPUs, then takes the devices back; false if the VM ended meanwhile.
     fn pause(&mut self) -> bool {
-        if self.paused {
+        if self.paused.is_some() {
             return true;
         }
         self.shared.gate.set(Wanted::Paused);
         self.kick();
+        if !self.wait_parked() {
+            return false;
+        }
+        // Nothing runs that could see the clock move between this and the resume.
+        match self.vm.get_clock() {
+            Ok(clock) => self.paused = Some(clock),
+            Err(error) => return self.fail("read the clock", error),
+        }
+        for function in self.shared.platform.pci.functions() {
+            function.pause();
+        }
+        true
+    }
+
+    /// Whether all vCPUs are out of KVM_RUN; waits for it unless the VM has ended.
+    pub(super) fn wait_parked(&self) -> bool {
         while !self.shared.gate.wait_out(self.vcpus.len(), PATIENCE) {
             if self.shared.ending.recorded().is_some() {
                 return false;
             }
         }
-        for function in self.shared.platform.pci.functions() {
-            function.pause();
-        }
-        self.paused = true;
         true
     }
 
-    fn resume(&mut self) {
-        if self.paused {
-            for function in self.shared.platform.pci.functions().rev() {
-                function.resume();
-            }
-            self.paused = false;
-            self.shared.gate.set(Wanted::Running);
+    /// Lets the vCPUs go on; false if they may not.
+    fn resume(&mut self) -> bool {
+        let Some(clock) = self.paused else {
+            return true;
+        };
+        if self.frozen {
+            return false;
         }
+        for function in self.shared.platform.pci.functions().rev() {
+            function.resume();
+        }
+        if let Err(error) = set_clock(&self.vm, &clock) {
+            return self.fail("set the clock", error);
+        }
+        self.paused = None;
+        self.shared.gate.set(Wanted::Running);
+        true
+    }
+
+    /// Ends the VM for a call that KVM refused; always false.
+    fn fail(&self, act: &str, error: kvm_ioctls::Error) -> bool {
+        let reason = format!("cannot {act}: {error}");
+        self.shared.ending.record(VmEnd::HostFault { reason });
+        false
     }
 
     fn stats(&self) -> VmStats {
@@ -224,7 +248,7 @@ impl Machine {
         VmStats {
             resident_bytes: self.memory.resident_bytes(),
             balloon_mib: (self.balloon_mib)(),
-            disk_delta_bytes: delta_bytes(&self.deltas),
+            disk_delta_bytes: delta_bytes(&self.disks),
             guest_faults: functions.map(|function| function.guest_faults()).sum(),
         }
     }

@@ -1,11 +1,16 @@
 //! Tiny guests: a few bytes of 64-bit code in an ELF, and a machine to run them in.
 
+use std::fs::File;
 use std::io::Write;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
 use super::vm::OnEnd;
-use super::{KernelSource, StartError, VmEnd, VmHandle, VmSpec, layout, start};
+use super::{
+    DiskSource, DiskSpec, KernelSource, RestoreSpec, Snapshot, StartError, VmEnd, VmHandle, VmSpec,
+    layout, restore, start,
+};
 
 /// Where a tiny guest's code is loaded and entered.
 pub const CODE_AT: u64 = 0x100_0000;
@@ -72,6 +77,35 @@ impl Code {
         self.address(address).raw(&[0xc6, 0x02, value])
     }
 
+    /// Writes `value` as 32 bits to any address: movabs rcx, address; mov dword [rcx], value
+    pub fn store(self, address: u64, value: u32) -> Self {
+        self.raw(&[0x48, 0xb9])
+            .raw(&address.to_le_bytes())
+            .raw(&[0xc7, 0x01])
+            .raw(&value.to_le_bytes())
+    }
+
+    /// Resets unless `value` is at an address: movabs rcx, address; cmp dword [rcx], value; je
+    pub fn expect(self, address: u64, value: u32) -> Self {
+        let code = self.raw(&[0x48, 0xb9]).raw(&address.to_le_bytes());
+        let code = code.raw(&[0x81, 0x39]).raw(&value.to_le_bytes());
+        code.reset_unless_equal()
+    }
+
+    /// je over a reset
+    pub fn reset_unless_equal(self) -> Self {
+        let reset = Self::new().reset().halt().0;
+        let over = u8::try_from(reset.len()).unwrap();
+        self.raw(&[0x74, over]).raw(&reset)
+    }
+
+    /// Waits for a key on the serial port, which is in AL then:
+    /// mov edx, LSR; in al, dx; test al, 1; jz to the in; mov dl, DATA; in al, dx
+    pub fn key(self) -> Self {
+        self.raw(&[0xba, 0xfd, 0x03, 0x00, 0x00, 0xec, 0xa8, 0x01, 0x74, 0xfb])
+            .raw(&[0xb2, 0xf8, 0xec])
+    }
+
     /// mov edx, address
     fn address(self, address: u64) -> Self {
         let address = u32::try_from(address).unwrap();
@@ -121,6 +155,7 @@ pub fn spec(code: &Code) -> VmSpec {
         net: None,
         console: None,
         agent_channel: false,
+        golden: false,
     }
 }
 
@@ -179,4 +214,51 @@ pub fn run_by(
 
 pub fn run(spec: VmSpec) -> Running {
     try_run(spec).unwrap()
+}
+
+/// A clone with no disk and no network card, paused.
+pub fn clone_of(snapshot: &Snapshot) -> Running {
+    try_clone(RestoreSpec::new("vm1"), snapshot).unwrap()
+}
+
+pub fn try_clone(spec: RestoreSpec, snapshot: &Snapshot) -> Result<Running, StartError> {
+    let (sender, ended) = channel();
+    let started = restore(
+        spec,
+        snapshot,
+        Box::new(move |end| sender.send(end).unwrap()),
+    );
+    Ok(Running {
+        handle: started?,
+        ended,
+    })
+}
+
+/// A disk of 64 blocks of 4 KiB and a bit more.
+pub fn disk_file() -> Arc<File> {
+    let base = tempfile::tempfile().unwrap();
+    base.set_len(65 * 4096).unwrap();
+    Arc::new(base)
+}
+
+pub fn overlay_disk(base: &Arc<File>) -> DiskSpec {
+    DiskSpec {
+        source: DiskSource::Overlay {
+            base: Arc::clone(base),
+            delta_dir: std::env::temp_dir(),
+        },
+        serial: String::new(),
+        durable: false,
+    }
+}
+
+impl RestoreSpec {
+    pub fn new(name: &str) -> Self {
+        Self {
+            name: name.to_owned(),
+            disks: Vec::new(),
+            net: None,
+            console: None,
+        }
+    }
 }

@@ -98,7 +98,7 @@ pub fn spawn(
 /// Runs until something ends the VM, or `None` when asked to leave.
 fn run(vcpu: &mut VcpuFd, index: u8, shared: &Shared) -> Option<VmEnd> {
     let mut kickable = Kickable::new(vcpu);
-    if !shared.gate.pass() {
+    if !wait_at_gate(&mut kickable, index, &shared.gate) {
         return None;
     }
     if index == 0 {
@@ -133,7 +133,7 @@ fn run(vcpu: &mut VcpuFd, index: u8, shared: &Shared) -> Option<VmEnd> {
                 libc::EINTR => {
                     // Only here, where no I/O of the vCPU is half done, may it park.
                     kickable.acknowledge();
-                    if !shared.gate.pass() {
+                    if !wait_at_gate(&mut kickable, index, &shared.gate) {
                         return None;
                     }
                     None
@@ -148,6 +148,15 @@ fn run(vcpu: &mut VcpuFd, index: u8, shared: &Shared) -> Option<VmEnd> {
             return end;
         }
     }
+}
+
+/// Waits for as long as the gate is closed; false if the vCPU must leave.
+fn wait_at_gate(kickable: &mut Kickable<'_>, index: u8, gate: &Gate) -> bool {
+    let passed = gate.pass(index, kickable.vcpu());
+    // The guest's clock may have stood still meanwhile: this says that it was no lock-up. A guest
+    // without kvm-clock cannot be told.
+    let _no_clock = kickable.vcpu().kvmclock_ctrl();
+    passed
 }
 
 /// KVM's sub-code, where the vCPU stood, and the instruction it could not emulate.

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::*;
+use crate::vmm::memory::Extent;
 use crate::vmm::testing::{Code, Running, run, run_by, spec, try_run};
 
 fn end_of(code: Code) -> VmEnd {
@@ -184,7 +185,11 @@ fn code_where_there_is_no_memory_is_an_internal_error_that_says_where() {
 /// A machine whose memory is a private view of a file.
 fn run_in_file(code: &Code, file: &std::fs::File) -> Running {
     file.set_len(64 << 20).unwrap();
-    let memory = VmMemory::private_file(64, file).unwrap();
+    let whole = Extent {
+        start: 0,
+        bytes: 64 << 20,
+    };
+    let memory = VmMemory::clone_of(64, file, &[whole]).unwrap();
     run_by(spec(code), |spec, on_end| {
         start_in(memory, spec, Timeline::start(), on_end)
     })

@@ -14,6 +14,7 @@ mod disk;
 mod memory;
 mod net;
 mod platform;
+mod snapshot;
 #[path = "../tiny_kernel/mod.rs"]
 mod tiny_kernel;
 
@@ -101,6 +102,7 @@ fn boot(files: &Files, script: &str, shape: impl FnOnce(&mut VmSpec)) -> Guest {
         net: None,
         console: Some(console.reopen().unwrap()),
         agent_channel: false,
+        golden: false,
     };
     shape(&mut spec);
     let handle = vmm::start(spec, Box::new(|_end| {})).unwrap();

@@ -105,6 +105,7 @@ fn a_neighbour_survives_whatever_ends_the_others() {
             net: None,
             console: None,
             agent_channel: false,
+            golden: false,
         },
         Box::new(|_end| {}),
     );

@@ -105,6 +105,7 @@ fn machine(slot: &Slot, kernel: &Path, base: &Arc<File>, data: &Path) -> VmEnd {
         }),
         console: None,
         agent_channel: true,
+        golden: false,
     };
     let (tell, ended) = channel();
     let on_end = Box::new(move |end| tell.send(end).unwrap());

@@ -5,13 +5,14 @@
 #![expect(clippy::print_stderr, reason = "a command says what happened")]
 
 use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcgetwinsize, tcsetattr};
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use crate::vmm::VmHandle;
+use crate::vmm::{SaveError, VmHandle};
 
 /// Ctrl-].
 const ESCAPE: u8 = 0x1d;
@@ -21,42 +22,88 @@ const RESIZE_LOOK: Timespec = Timespec {
     tv_nsec: 0,
 };
 
-/// SIGINT, SIGTERM and SIGHUP, caught from here on.
+/// SIGINT, SIGTERM and SIGHUP, caught from here on; SIGUSR2 too if it saves the machine.
 pub struct Signals {
     runtime: Runtime,
-    caught: [Signal; 3],
+    ending: [Signal; 3],
+    snapshot: Option<(Signal, PathBuf)>,
 }
 
 impl Signals {
-    pub fn catch() -> io::Result<Self> {
+    /// Catches them; SIGUSR2 if there is a directory to save to.
+    pub fn catch(directory: Option<PathBuf>) -> io::Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_io()
             .build()?;
         let inside = runtime.enter();
-        let caught = [
+        let ending = [
             signal(SignalKind::interrupt())?,
             signal(SignalKind::terminate())?,
             signal(SignalKind::hangup())?,
         ];
+        let snapshot = match directory {
+            Some(directory) => Some((signal(SignalKind::user_defined2())?, directory)),
+            None => None,
+        };
         drop(inside);
-        Ok(Self { runtime, caught })
+        Ok(Self {
+            runtime,
+            ending,
+            snapshot,
+        })
     }
 
-    /// The first of them ends the machine, and with it this command.
-    pub fn end(self, handle: &VmHandle) {
+    /// The first of those that end it ends the machine, and with it this command.
+    pub fn serve(mut self, handle: &VmHandle) {
         let handle = handle.clone();
         std::thread::spawn(move || {
-            let [mut int, mut term, mut hup] = self.caught;
-            self.runtime.block_on(async {
-                tokio::select! {
-                    _ = int.recv() => {}
-                    _ = term.recv() => {}
-                    _ = hup.recv() => {}
-                }
-            });
+            while let Some(directory) = self.next_snapshot() {
+                save(&handle, directory);
+            }
             handle.kill();
         });
     }
+
+    /// Waits for the next signal; where to save, or `None` if it is one that ends the machine.
+    fn next_snapshot(&mut self) -> Option<&Path> {
+        let [int, term, hup] = &mut self.ending;
+        let snapshot = &mut self.snapshot;
+        self.runtime.block_on(async {
+            let wanted = async {
+                match snapshot {
+                    Some((signal, directory)) => {
+                        signal.recv().await;
+                        directory.as_path()
+                    }
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                _ = int.recv() => None,
+                _ = term.recv() => None,
+                _ = hup.recv() => None,
+                directory = wanted => Some(directory),
+            }
+        })
+    }
+}
+
+/// Saves the machine, which goes on afterwards, and says what came of it. The terminal may be raw.
+fn save(handle: &VmHandle, directory: &Path) {
+    let saved = handle
+        .pause()
+        .map_err(SaveError::from)
+        .and_then(|()| handle.save(directory));
+    match saved {
+        Ok(()) => eprint!("saved to {}\r\n", directory.display()),
+        Err(error) => {
+            let error = anyhow::Error::from(error);
+            let causes: Vec<String> = error.chain().map(ToString::to_string).collect();
+            eprint!("error: not saved: {}\r\n", causes.join(": "));
+        }
+    }
+    // A machine that has ended says so elsewhere.
+    let _ended = handle.resume();
 }
 
 /// The terminal in raw mode; itself again when dropped.

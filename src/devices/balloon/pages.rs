@@ -2,9 +2,10 @@
 //!
 //! What a driver names is only ever a hint which of its own pages it can do without: numbers
 //! outside RAM mean nothing, duplicates and pages in use hurt that guest alone. PAGE_POISON is
-//! never offered, so that the bytes of such a page are undefined to the driver and plain
-//! MADV_DONTNEED is right over any mapping: anonymous pages read as zero afterwards, those of a
-//! snapshot as the snapshot has them.
+//! never offered, so that the bytes of such a page are undefined to the driver. MADV_DONTNEED is
+//! right over private mappings: anonymous pages read as zero afterwards, those of a snapshot as
+//! the snapshot has them. A shared mapping is the memory file itself, where only MADV_REMOVE gives
+//! anything back.
 #![expect(unsafe_code, reason = "madvise has no safe form")]
 
 use std::ops::Range;
@@ -52,10 +53,14 @@ pub(super) fn give_back(memory: &GuestMemory, range: &Range<u64>) -> u64 {
         ) else {
             continue;
         };
+        let advice = match region.flags() & libc::MAP_SHARED {
+            0 => libc::MADV_DONTNEED,
+            _ => libc::MADV_REMOVE,
+        };
         // SAFETY: `len` bytes from `host` on lie within one region that `memory` keeps mapped,
         // and guest memory is never borrowed as a Rust reference: pages that turn to other bytes
         // are what every reader of it expects.
-        let done = unsafe { libc::madvise(host.cast(), len, libc::MADV_DONTNEED) };
+        let done = unsafe { libc::madvise(host.cast(), len, advice) };
         if done == 0 {
             given += bytes;
         }

@@ -78,6 +78,11 @@ pub struct BlockState {
 }
 
 impl BlockState {
+    /// Size of the disk.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
     /// The overlay's map, to make a [`Golden`] of.
     pub fn map(&self) -> Option<&OverlayMap> {
         self.map.as_ref()

@@ -26,6 +26,21 @@ pub fn supported(kvm: &Kvm) -> Result<CpuId, kvm_ioctls::Error> {
     kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
 }
 
+/// What a vCPU is told about its processor.
+pub use cpuid::filter;
+
+/// Gives vCPU `index` of `count` its CPUID: first of all, as newer kernels check MSRs against it.
+pub fn set_cpuid(vcpu: &VcpuFd, index: u8, count: u8, supported: &CpuId) -> Result<(), CpuError> {
+    let fail = |source| CpuError {
+        vcpu: index,
+        what: "CPUID",
+        source,
+    };
+    let cpuid = filter(supported, index, count)
+        .map_err(|_full| fail(kvm_ioctls::Error::new(libc::E2BIG)))?;
+    vcpu.set_cpuid2(&cpuid).map_err(fail)
+}
+
 /// Writes GDT and page tables, once for a VM.
 pub use regs::write_tables;
 
@@ -44,10 +59,7 @@ pub fn configure(
             source,
         }
     };
-    // CPUID first: newer kernels check MSRs against it.
-    let cpuid = cpuid::filter(supported, index, count)
-        .map_err(|_full| fail("CPUID")(kvm_ioctls::Error::new(libc::E2BIG)))?;
-    vcpu.set_cpuid2(&cpuid).map_err(fail("CPUID"))?;
+    set_cpuid(vcpu, index, count, supported)?;
     regs::set_msrs(vcpu).map_err(fail("MSRs"))?;
     if index == 0 {
         regs::set_registers(vcpu, entry).map_err(fail("registers"))?;

@@ -116,6 +116,11 @@ impl Config {
         bytes
     }
 
+    /// All of it, for a snapshot.
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
     /// A read by the guest.
     pub fn read(&self, offset: u16, data: &mut [u8]) {
         for (at, byte) in (usize::from(offset)..).zip(data) {

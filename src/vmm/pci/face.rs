@@ -131,6 +131,28 @@ impl Face {
         }
     }
 
+    /// Configuration space, for a snapshot.
+    pub fn save(&self) -> Vec<u8> {
+        self.config.bytes().to_vec()
+    }
+
+    /// Takes over what a driver could have written of a saved space, and MSI-X message control
+    /// with it; `None` if that is the space of another function.
+    pub fn restore(&mut self, saved: &[u8]) -> Option<u16> {
+        let fresh = self.config.clone();
+        self.config.write(0, saved);
+        let bar = usize::from(BAR0)..usize::from(BAR0) + 4;
+        let sized = saved.get(bar) == Some(low(!(layout::BAR_SIZE - 1)).as_slice());
+        if sized {
+            self.write(BAR0, &[0xff; 4]);
+        }
+        if self.config.bytes() != saved {
+            self.config = fresh;
+            return None;
+        }
+        Some(u16::from_le_bytes(self.config.get(self.msix_at + 2)))
+    }
+
     pub fn read(&self, register: u16, data: &mut [u8]) {
         self.config.read(register, data);
     }

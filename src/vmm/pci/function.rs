@@ -8,12 +8,13 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::face::{self, Face, NOTIFY_START, NOTIFY_STRIDE, Region};
-use super::msix::Msix;
-use crate::devices::transport::{Transport, Wiring};
-use crate::devices::{DeviceCommand, DeviceKind, HostFault, Interrupt};
+use super::msix::{Msix, MsixState};
+use crate::devices::transport::{Transport, TransportState, Wiring};
+use crate::devices::{DeviceCommand, DeviceKind, DeviceState, HostFault, Interrupt};
 use crate::vmm::irq::{IrqError, IrqRouter};
 use crate::vmm::layout;
 
@@ -29,6 +30,25 @@ pub enum FunctionError {
     IoEvent(#[source] kvm_ioctls::Error),
     #[error(transparent)]
     Interrupt(#[from] IrqError),
+}
+
+/// A function as a snapshot stores it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct FunctionState {
+    pub slot: u8,
+    pub kind: DeviceKind,
+    config: Vec<u8>,
+    msix: MsixState,
+    transport: TransportState,
+    pub device: DeviceState,
+}
+
+impl FunctionState {
+    /// Offers the state to a transport without a bus.
+    #[cfg(any(test, fuzzing))]
+    pub fn offer(self, transport: &mut Transport) -> Result<(), HostFault> {
+        transport.restore(self.transport, self.device)
+    }
 }
 
 /// A virtio device in a slot.
@@ -211,6 +231,41 @@ impl VirtioFunction {
             msix: &inner.msix,
         };
         inner.transport.resume(&wires);
+    }
+
+    /// Everything of a paused or resting device. Right only while its vectors are unwired.
+    pub fn save(&self) -> Result<FunctionState, HostFault> {
+        let inner = self.lock();
+        let (transport, device) = inner.transport.save()?;
+        Ok(FunctionState {
+            slot: self.slot,
+            kind: self.kind,
+            config: inner.face.save(),
+            msix: inner.msix.save(),
+            transport,
+            device,
+        })
+    }
+
+    /// Takes a saved state over; [`Self::resume`] then starts the device if it ran.
+    pub fn restore(&self, state: FunctionState) -> Result<(), HostFault> {
+        let inner = &mut *self.lock();
+        inner.transport.restore(state.transport, state.device)?;
+        let control = inner.face.restore(&state.config);
+        if !control.is_some_and(|control| inner.msix.restore(state.msix, control)) {
+            return Err(HostFault::msg("saved registers are of another function"));
+        }
+        Ok(())
+    }
+
+    /// Unwires the interrupts; when this returns, what was signalled has been injected.
+    pub fn unwire(&self) -> Result<(), IrqError> {
+        self.lock().msix.unwire()
+    }
+
+    /// Undoes [`Self::unwire`].
+    pub fn wire(&self) {
+        self.lock().msix.wire();
     }
 
     /// Takes the device back for good: afterwards it touches no guest memory.

@@ -14,7 +14,7 @@ mod msix;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-pub use function::{DriverReady, FunctionError, VirtioFunction};
+pub use function::{DriverReady, FunctionError, FunctionState, VirtioFunction};
 
 use super::layout;
 use config::{Config, Header};
@@ -78,6 +78,16 @@ impl Bus {
     /// All functions, by slot.
     pub fn functions(&self) -> impl DoubleEndedIterator<Item = &Arc<VirtioFunction>> {
         self.slots.iter().flatten()
+    }
+
+    /// CONFIG_ADDRESS, for a snapshot.
+    pub fn address(&self) -> u32 {
+        self.address.load(Ordering::Relaxed)
+    }
+
+    /// Takes over a saved CONFIG_ADDRESS.
+    pub fn set_address(&self, address: u32) {
+        self.address.store(address, Ordering::Relaxed);
     }
 
     /// A read of the configuration ports; `offset` counts from CONFIG_ADDRESS.

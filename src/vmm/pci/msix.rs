@@ -7,7 +7,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::devices::Interrupt;
-use crate::vmm::irq::{Line, MsiMessage};
+use crate::vmm::irq::{IrqError, Line, MsiMessage};
 
 /// Capability id.
 pub const CAPABILITY: u8 = 0x11;
@@ -45,7 +45,9 @@ impl Entry {
 
 /// The registers, as a snapshot stores them.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct MsixState {
+pub struct MsixState {
+    /// Stored with the configuration space, where the guest sees it.
+    #[serde(skip)]
     control: u16,
     entries: Vec<Entry>,
 }
@@ -140,6 +142,42 @@ impl Msix {
             for (bit, line) in self.lines.iter().skip(first).take(8).enumerate() {
                 *byte |= u8::from(line.is_pending()) << bit;
             }
+        }
+    }
+
+    /// The registers. Signals that wait for a mask to go are not in them: after a restore every
+    /// vector is signalled once, which a driver must expect at any time.
+    pub fn save(&self) -> MsixState {
+        self.state.clone()
+    }
+
+    /// Takes saved registers over and signals every vector; `control` is message control. False if they are of another number of
+    /// vectors.
+    pub fn restore(&mut self, state: MsixState, control: u16) -> bool {
+        if state.entries.len() != self.lines.len() {
+            return false;
+        }
+        self.state.entries = state.entries;
+        for entry in &mut self.state.entries {
+            entry.address_low &= !3;
+            entry.control &= VECTOR_MASKED;
+        }
+        self.set_control(control);
+        for line in &self.lines {
+            line.interrupt().signal();
+        }
+        true
+    }
+
+    /// Unwires all vectors; when this returns, what was signalled has been injected.
+    pub fn unwire(&mut self) -> Result<(), IrqError> {
+        self.lines.iter_mut().try_for_each(Line::unwire)
+    }
+
+    /// Undoes [`Self::unwire`].
+    pub fn wire(&mut self) {
+        for index in 0..self.lines.len() {
+            self.refresh(index);
         }
     }
 
