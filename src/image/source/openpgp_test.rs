@@ -40,10 +40,15 @@ fn what_ubuntu_published_verifies() {
 #[test]
 fn each_changed_byte_of_the_checksums_fails() {
     let keyring = ubuntu();
+    // Read once: it is the same for thousands of texts.
+    let (signature, _armor) = DetachedSignature::from_reader_single(SIGNATURE).unwrap();
+    let signature = signature.signature;
+    assert!(keyring.verify_one(SUMS, &signature).is_ok());
     let mut sums = SUMS.to_vec();
     for at in 0..sums.len() {
         sums[at] ^= 1;
-        assert!(keyring.verify(&sums, SIGNATURE).is_err(), "byte {at}");
+        let changed = keyring.verify_one(&sums, &signature);
+        assert!(changed.is_err(), "byte {at}");
         sums[at] ^= 1;
     }
     assert!(keyring.verify(&SUMS[1..], SIGNATURE).is_err());
