@@ -7,7 +7,7 @@ use criterion::{BatchSize, Criterion};
 use fleetingd::image::{PrebuildOnError, RunnerSource};
 use fleetingd::net::{NetSpec, Subnet};
 use fleetingd::pool::keys::SshKeyType;
-use fleetingd::pool::{InstanceState, Login, Pool, PoolSpec, Shape, VmmKind};
+use fleetingd::pool::{ImagePolicy, InstanceState, Login, Pool, PoolSpec, Shape, VmmKind};
 use tokio::runtime::Runtime;
 
 const INSTANCES: u32 = 1000;
@@ -93,6 +93,9 @@ fn spec() -> PoolSpec {
         vmm: VmmKind::Fake {
             boot: Duration::ZERO,
         },
+        image_policy: ImagePolicy::default(),
+        metrics_file: None,
+        run_directory: None,
     }
 }
 

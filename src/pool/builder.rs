@@ -19,6 +19,7 @@ use tokio::sync::watch;
 use super::host::{Host, Machines, chain};
 use super::machine::{self, MachineError};
 use super::spec::{FixedCredential, PoolSpec};
+use super::view::MachineView;
 use super::vm::{Vm, VmStartError};
 use crate::agent;
 use crate::image::{
@@ -412,7 +413,13 @@ async fn smoke_test(
         }
     };
     let within = spec.boot_timeout;
-    let served = machine::serve(spec, machines, current, SMOKE, within, &mut stopped, ready);
+    let view = MachineView::default();
+    let start = machine::Start {
+        id: SMOKE,
+        within,
+        view: &view,
+    };
+    let served = machine::serve(spec, machines, current, start, &mut stopped, ready);
     let result = {
         let mut served = std::pin::pin!(served);
         tokio::select! {

@@ -3,19 +3,23 @@
 //! It never waits for a machine, a file or a child: that is done by tasks of their own, which
 //! report back by messages. So each call of the runner is answered from memory.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot, watch};
 
-use super::brain::{self, Action, Answer, Event, Limits, State, Why};
+use super::brain::{self, Action, Answer, Event, Limits, MemoryLevel, Pause, State, Why};
 use super::builder::{self, Current};
+use super::control::server::Server;
 use super::host::Host;
 use super::ids::IdSource;
 use super::machine;
 use super::memory;
-use super::spec::{ConnectInfo, InstanceId, PoolError};
+use super::operator;
+use super::spec::{ConnectInfo, InstanceId, InstanceState, PoolError};
+use super::status::{GroupStatus, InstanceStatus};
+use super::view::{Glance, MachineView};
 
 /// How often the host's rules and idle slots are looked after.
 const HOUSEKEEPING: Duration = Duration::from_secs(10);
@@ -39,7 +43,10 @@ pub enum Message {
     },
     /// `None` where machines need no image.
     ImageCurrent(Option<Arc<Current>>),
-    Build,
+    /// What the driver knows for a status, and a look at each machine for what it does not.
+    Status {
+        reply: oneshot::Sender<(GroupStatus, Vec<Option<Glance>>)>,
+    },
     Housekeeping,
     Close {
         reply: oneshot::Sender<()>,
@@ -58,11 +65,15 @@ pub struct Driver {
     outbox: mpsc::WeakUnboundedSender<Message>,
     closing: watch::Sender<bool>,
     waiting_for_close: Vec<oneshot::Sender<()>>,
+    /// The operator's socket, open as long as the driver lives.
+    control: Option<Server>,
 }
 
 struct Machine {
     stop: watch::Sender<bool>,
     info: Option<ConnectInfo>,
+    view: Arc<MachineView>,
+    generation: Option<String>,
 }
 
 impl Driver {
@@ -72,10 +83,13 @@ impl Driver {
         let limits = Limits {
             max_size: host.max_size(),
             boot_timeout: host.spec().boot_timeout,
+            refresh: host.spec().image_policy.refresh,
         };
+        let host = Arc::new(host);
+        let control = operator::open(&host, &sender.downgrade());
         let driver = Self {
             state: State::new(limits, IdSource::new(host.group())),
-            host: Arc::new(host),
+            host,
             current: None,
             machines: HashMap::new(),
             begun: Instant::now(),
@@ -83,6 +97,7 @@ impl Driver {
             outbox: sender.downgrade(),
             closing: watch::channel(false).0,
             waiting_for_close: Vec::new(),
+            control,
         };
         tokio::spawn(driver.run());
         sender
@@ -117,6 +132,8 @@ impl Driver {
             self.handle(message);
         }
         self.host.close().await;
+        // Whoever looks after the close finds no socket.
+        drop(self.control.take());
         for waiting in self.waiting_for_close {
             // Whoever asked may have stopped waiting.
             let _gone = waiting.send(());
@@ -143,10 +160,16 @@ impl Driver {
                 }
             }
             Message::ImageCurrent(current) => {
+                if let Some(current) = &current {
+                    let key = current.generation.key.as_str();
+                    self.host.image.serves(key, false);
+                }
                 self.current = current;
                 self.step(Event::ImageCurrent);
             }
-            Message::Build => self.build(),
+            Message::Status { reply } => {
+                let _cancelled = reply.send(self.status());
+            }
             Message::Housekeeping => self.housekeeping(),
             Message::Close { reply } => {
                 self.waiting_for_close.push(reply);
@@ -165,9 +188,16 @@ impl Driver {
         if let Event::Released { id, .. } = &event {
             self.machines.remove(id);
         }
+        let asked = match &event {
+            Event::Increase { n, .. } => *n,
+            _ => 0,
+        };
         let outcome = brain::step(&mut self.state, self.begun.elapsed(), event);
         for action in outcome.actions {
             self.act(action);
+        }
+        if let Answer::Accepted(accepted) = outcome.answer {
+            self.host.counters.increase(asked, accepted);
         }
         outcome.answer
     }
@@ -189,9 +219,13 @@ impl Driver {
                     machine.stop.send_replace(true);
                 }
             }
-            Action::BuildAfter { pause } => {
-                tracing::warn!("next try to build the image in {} s", pause.as_secs());
-                self.after(pause, Message::Build);
+            Action::Build => self.build(),
+            Action::BuildAfter { pause, ticket, why } => {
+                let pause = jittered(pause);
+                if why == Pause::Failure {
+                    tracing::warn!("next try to build the image in {} s", pause.as_secs());
+                }
+                self.after(pause, Message::Tell(Event::BuildDue { ticket }));
             }
             Action::GaveUp { id, attempts } => {
                 tracing::error!(instance = %id, attempts, "giving up: the machine did not come up");
@@ -204,10 +238,16 @@ impl Driver {
 
     fn start(&mut self, id: InstanceId, within: Duration) {
         let (stop, stopped) = watch::channel(false);
-        let machine = Machine { stop, info: None };
+        let view = Arc::new(MachineView::default());
+        let current = self.current.clone();
+        let machine = Machine {
+            stop,
+            info: None,
+            view: Arc::clone(&view),
+            generation: current.as_ref().map(|c| c.generation.key.to_string()),
+        };
         self.machines.insert(id.clone(), machine);
         let host = Arc::clone(&self.host);
-        let current = self.current.clone();
         let Some(sender) = self.outbox.upgrade() else {
             return;
         };
@@ -222,7 +262,12 @@ impl Driver {
             let task = {
                 let id = id.clone();
                 tokio::spawn(async move {
-                    machine::run(&host, current.as_deref(), &id, within, stopped, ready).await;
+                    let start = machine::Start {
+                        id: id.as_str(),
+                        within,
+                        view: &view,
+                    };
+                    machine::run(&host, current.as_deref(), start, stopped, ready).await;
                 })
             };
             if let Err(panic) = task.await {
@@ -235,22 +280,35 @@ impl Driver {
     fn build(&self) {
         let (host, closing) = (Arc::clone(&self.host), self.closing.subscribe());
         let outbox = self.outbox.clone();
+        let counters = Arc::clone(&self.host);
         tokio::spawn(async move {
+            let mut failure = None;
             let built = tokio::spawn(async move { builder::obtain(&host, closing).await }).await;
             let message = match built {
                 Ok(Ok(current)) => Message::ImageCurrent(current.map(Arc::new)),
                 Ok(Err(builder::BuildError::Closing)) => return,
                 Ok(Err(error)) => {
                     tracing::error!("no image: {}", super::host::chain(&error));
+                    failure = Some(super::host::chain(&error));
                     Message::Tell(Event::ImageFailed)
                 }
                 Err(panic) => {
                     tracing::error!("build task failed: {panic}");
+                    failure = Some(format!("build task failed: {panic}"));
                     Message::Tell(Event::ImageFailed)
                 }
             };
+            counters.counters.image(if failure.is_some() {
+                "failed"
+            } else {
+                "checked"
+            });
+            counters.image.done(failure.clone());
             if let Some(sender) = outbox.upgrade() {
                 let _ended = sender.send(message);
+                if failure.is_none() {
+                    let _ended = sender.send(Message::Tell(Event::ImageChecked));
+                }
             }
         });
     }
@@ -266,6 +324,51 @@ impl Driver {
                 state: format!("{state:?}").to_lowercase(),
             }),
         }
+    }
+
+    fn status(&self) -> (GroupStatus, Vec<Option<Glance>>) {
+        let now = self.begun.elapsed();
+        let mut instances = Vec::new();
+        let mut glances = Vec::new();
+        for (id, state, born) in self.state.instances() {
+            let machine = self.machines.get(id);
+            let glance = machine.map(|machine| machine.view.glance());
+            let phase = glance.as_ref().map_or("queued", |glance| glance.phase);
+            instances.push(InstanceStatus {
+                id: id.to_string(),
+                state: format!("{state:?}").to_lowercase(),
+                phase: match state {
+                    InstanceState::Deleted => String::new(),
+                    _ => phase.to_owned(),
+                },
+                age_s: now.saturating_sub(born).as_secs(),
+                address: glance.as_ref().and_then(|glance| glance.address),
+                generation: machine.and_then(|machine| machine.generation.clone()),
+                disk_delta_bytes: 0,
+                memory_bytes: 0,
+            });
+            glances.push(glance);
+        }
+        let status = GroupStatus {
+            group: self.host.group().to_owned(),
+            program_version: env!("CARGO_PKG_VERSION").to_owned(),
+            pid: std::process::id(),
+            uptime_s: now.as_secs(),
+            store: self.host.spec().disk_directory.clone(),
+            max_size: self.host.max_size(),
+            occupied: self.state.occupied(),
+            host_memory: match self.state.memory_level() {
+                MemoryLevel::Enough => "enough",
+                MemoryLevel::Low => "low",
+                MemoryLevel::Critical => "critical",
+            }
+            .to_owned(),
+            image: self.host.image.get(),
+            instances,
+            counters: self.host.counters.get(),
+            dropped_packets: BTreeMap::new(),
+        };
+        (status, glances)
     }
 
     fn housekeeping(&self) {

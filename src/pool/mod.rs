@@ -15,6 +15,8 @@
 
 pub mod brain;
 mod builder;
+pub mod control;
+mod counters;
 mod driver;
 mod host;
 pub mod ids;
@@ -22,9 +24,12 @@ pub mod keys;
 pub mod limits;
 mod machine;
 mod memory;
+mod operator;
 mod preflight;
 pub mod spec;
 pub mod ssh;
+pub mod status;
+mod view;
 mod vm;
 
 use std::sync::Arc;
@@ -32,9 +37,10 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use tokio::sync::{mpsc, oneshot};
 
+pub use counters::{Boots, Counts, Spent};
 pub use spec::{
-    ConnectInfo, FixedCredential, InstanceId, InstanceState, Login, PoolError, PoolSpec, Shape,
-    VmmKind,
+    ConnectInfo, FixedCredential, ImagePolicy, InstanceId, InstanceState, Login, OnChange,
+    PoolError, PoolSpec, Shape, VmmKind,
 };
 
 use brain::{Answer, Event};
