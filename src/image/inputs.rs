@@ -63,7 +63,7 @@ impl BuildInputs {
         let image = open_image(&self.image)?;
         let mut hash = Fields::new();
         hash.add(b"fleetingd generation 1");
-        hash.add(store.content_hash(&self.image, &image)?.as_bytes());
+        hash.add(store.hashes().content_hash(&self.image, &image)?.as_bytes());
         hash.add(&self.disk_gib.to_le_bytes());
         hash.add(self.username.as_bytes());
         hash.add(self.password.as_deref().unwrap_or_default().as_bytes());
@@ -71,7 +71,7 @@ impl BuildInputs {
         match &self.runner {
             RunnerSource::Binary(path) => {
                 let file = File::open(path).map_err(ImageError::file("open", path))?;
-                hash.add(store.content_hash(path, &file)?.as_bytes());
+                hash.add(store.hashes().content_hash(path, &file)?.as_bytes());
             }
             RunnerSource::Package => hash.add(b"package"),
         }

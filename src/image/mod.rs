@@ -23,6 +23,7 @@ mod inputs;
 mod outcome;
 mod partitions;
 mod seed;
+mod source;
 mod store;
 mod template;
 #[cfg(test)]
@@ -34,6 +35,9 @@ pub use build::{BuildPlan, BuildProgress, Unpack};
 pub use error::ImageError;
 pub use generation::Generation;
 pub use inputs::{BuildInputs, GenerationKey};
+pub use source::{
+    ImageName, ImageSource, LocalImage, SourceError, SourceProgress, TellProgress, obtain,
+};
 pub use store::{BuildLock, Store};
 pub use template::SeedNet;
 

@@ -17,6 +17,7 @@ use std::fs::File;
 use std::io::Read;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
@@ -40,7 +41,7 @@ const PIECE: usize = 1 << 20;
 #[derive(Debug)]
 pub struct Store {
     base: Dir,
-    images: Dir,
+    images: Arc<Dir>,
     pub(super) generations: Dir,
     instance_data: Dir,
     snapshots: Dir,
@@ -66,7 +67,7 @@ impl Store {
     pub fn open(dir: &Path) -> Result<Self, ImageError> {
         let base = Dir::open_base(dir)?;
         let store = Self {
-            images: base.sub("images")?,
+            images: Arc::new(base.sub("images")?),
             generations: base.sub("generations")?,
             instance_data: base.sub(".instance_data")?,
             snapshots: base.sub("snapshots")?,
@@ -217,8 +218,19 @@ impl Store {
             .unwrap_or_default())
     }
 
+    /// What is remembered of contents, to be asked from any thread.
+    pub(super) fn hashes(&self) -> Hashes {
+        Hashes(Arc::clone(&self.images))
+    }
+}
+
+/// The contents already hashed, in `images/hashes.json`.
+#[derive(Debug, Clone)]
+pub struct Hashes(Arc<Dir>);
+
+impl Hashes {
     /// SHA-256 of a file's content, from memory where the file is as it was.
-    pub(super) fn content_hash(&self, path: &Path, file: &File) -> Result<String, ImageError> {
+    pub fn content_hash(&self, path: &Path, file: &File) -> Result<String, ImageError> {
         let identity = FileIdentity::of(file).map_err(ImageError::file("stat", path))?;
         let mut known = self.read_hashes()?;
         if let Some(entry) = known.iter().find(|entry| entry.identity == identity) {
@@ -238,14 +250,14 @@ impl Store {
         let surplus = known.len().saturating_sub(MAX_HASHES);
         known.drain(..surplus);
         let text = serde_json::to_vec(&known)
-            .map_err(|e| ImageError::file("encode", &self.images.at(HASHES))(e.into()))?;
-        self.images.write_atomic(HASHES, &text)?;
+            .map_err(|e| ImageError::file("encode", &self.0.at(HASHES))(e.into()))?;
+        self.0.write_atomic(HASHES, &text)?;
         Ok(sha256)
     }
 
     /// What is remembered; nothing if the file is damaged.
     fn read_hashes(&self) -> Result<Vec<KnownHash>, ImageError> {
-        let bytes = self.images.read_small(HASHES, MAX_HASH_FILE)?;
+        let bytes = self.0.read_small(HASHES, MAX_HASH_FILE)?;
         Ok(bytes
             .and_then(|bytes| serde_json::from_slice(&bytes).ok())
             .unwrap_or_default())

@@ -65,7 +65,11 @@ fn a_content_is_hashed_once_until_it_changes() {
     let store = Store::open(&dir.path().join("store")).unwrap();
     let path = dir.path().join("image");
     fs::write(&path, "one").unwrap();
-    let hash = || store.content_hash(&path, &File::open(&path).unwrap());
+    let hash = || {
+        store
+            .hashes()
+            .content_hash(&path, &File::open(&path).unwrap())
+    };
     let first = hash().unwrap();
     // Planted in memory: an answer from there is no reading.
     let remembered = dir.path().join("store/images/hashes.json");
@@ -197,6 +201,7 @@ fn symbolic_links_inside_the_store_lead_nowhere() {
     assert!(store.try_build_lock().is_err());
     assert!(
         store
+            .hashes()
             .content_hash(&victim, &File::open(&victim).unwrap())
             .is_err()
     );

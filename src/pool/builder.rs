@@ -23,8 +23,8 @@ use super::view::MachineView;
 use super::vm::{Vm, VmStartError};
 use crate::agent;
 use crate::image::{
-    BuildInputs, BuildLock, BuildPlan, BuildProgress, Generation, GenerationKey, ImageError,
-    SeedNet,
+    self, BuildInputs, BuildLock, BuildPlan, BuildProgress, Generation, GenerationKey, ImageError,
+    LocalImage, SeedNet, SourceError, SourceProgress,
 };
 use crate::net::{NetError, Slot, SlotRole};
 use crate::vmm::{self, DiskSource, DiskSpec, KernelSource, NetSpec, VmEnd, VmSpec};
@@ -56,6 +56,8 @@ pub enum BuildError {
     #[error("the pool is closing")]
     Closing,
     #[error(transparent)]
+    Source(#[from] SourceError),
+    #[error(transparent)]
     Image(#[from] ImageError),
     #[error("no slot for the prebuild")]
     Slot(#[source] NetError),
@@ -84,7 +86,8 @@ pub async fn obtain(
         return Ok(None);
     };
     let spec = host.spec();
-    let inputs = Arc::new(inputs(spec, machines)?);
+    let image = local_image(spec, machines, &mut closing).await?;
+    let inputs = Arc::new(inputs(spec, machines, &image)?);
     let key = {
         let (host, inputs) = (Arc::clone(host), Arc::clone(&inputs));
         blocking(move || {
@@ -167,13 +170,70 @@ impl ProgressTeller {
     }
 }
 
-fn inputs(spec: &PoolSpec, machines: &Machines) -> Result<BuildInputs, BuildError> {
+/// The vendor's image as a verified local file.
+async fn local_image(
+    spec: &PoolSpec,
+    machines: &Machines,
+    closing: &mut watch::Receiver<bool>,
+) -> Result<LocalImage, BuildError> {
+    let teller = DownloadTeller::default();
+    let tell = |progress| teller.tell(progress);
+    let image = tokio::select! {
+        image = image::obtain(&spec.image, &machines.store, &tell) => image?,
+        () = machine::asked(closing) => return Err(BuildError::Closing),
+    };
+    if let Some(reason) = &image.outdated {
+        tracing::warn!("going on with the last verified image: {}", chain(reason));
+    }
+    Ok(image)
+}
+
+/// Puts a download's progress into the log: each stage once, and a long one every few seconds.
+#[derive(Default)]
+struct DownloadTeller {
+    last: std::sync::Mutex<Option<Instant>>,
+}
+
+impl DownloadTeller {
+    fn tell(&self, progress: SourceProgress) {
+        const EVERY: Duration = Duration::from_secs(5);
+        match progress {
+            SourceProgress::Looking => tracing::info!("image: asking what there is"),
+            SourceProgress::Verifying => tracing::info!("image: verifying"),
+            SourceProgress::Downloading {
+                done_bytes,
+                total_bytes,
+            } => {
+                let Ok(mut last) = self.last.lock() else {
+                    return;
+                };
+                if last.is_some_and(|at| at.elapsed() < EVERY) {
+                    return;
+                }
+                *last = Some(Instant::now());
+                let done = done_bytes >> 20;
+                match total_bytes {
+                    Some(total) => {
+                        tracing::info!("image: {done} of {} MiB downloaded", total >> 20);
+                    }
+                    None => tracing::info!("image: {done} MiB downloaded"),
+                }
+            }
+        }
+    }
+}
+
+fn inputs(
+    spec: &PoolSpec,
+    machines: &Machines,
+    image: &LocalImage,
+) -> Result<BuildInputs, BuildError> {
     let password = match &spec.login.fixed {
         Some(FixedCredential::Password(password)) => Some(password.clone()),
         _ => None,
     };
     Ok(BuildInputs {
-        image: spec.image.clone(),
+        image: image.path.clone(),
         disk_gib: spec.disk_gib,
         username: spec.login.username.clone(),
         password,

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::keys::SshKeyType;
 use super::*;
-use crate::image::{PrebuildOnError, RunnerSource};
+use crate::image::{ImageName, PrebuildOnError, RunnerSource};
 use crate::net::NetSpec;
 
 fn spec(boot: Duration) -> PoolSpec {
@@ -25,7 +25,7 @@ fn spec(boot: Duration) -> PoolSpec {
             vcpus: 1,
             memory_mib: 256,
         },
-        image: "/nowhere/image".into(),
+        image: ImageName::Path("/nowhere/image".into()).into(),
         disk_gib: 2,
         extra_commands: Vec::new(),
         on_command_error: PrebuildOnError::Fail,

@@ -9,7 +9,7 @@ use std::path::Path;
 use super::host::{Ready, chain};
 use super::limits::{self, Demand, LimitSources};
 use super::spec::PoolSpec;
-use crate::image::Store;
+use crate::image::{ImageName, Store};
 use crate::net::{self, Net};
 use crate::vmm;
 
@@ -115,7 +115,9 @@ fn check_disk(spec: &PoolSpec, problems: &mut Vec<String>, warnings: &mut Vec<St
         return;
     };
     let free_mib = stat.f_bavail.saturating_mul(stat.f_frsize) >> 20;
-    let image_mib = std::fs::metadata(&spec.image).map_or(0, |meta| meta.len() >> 20);
+    let image_mib = match &spec.image.image {
+        ImageName::Path(path) => std::fs::metadata(path).map_or(0, |meta| meta.len() >> 20),
+    };
     // A vendor's qcow2 unpacks to some four times its size, and the prebuild adds to that.
     let wanted = image_mib.saturating_mul(4) + ROOM_MIB;
     if free_mib < ROOM_MIB {

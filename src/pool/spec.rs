@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::keys::SshKeyType;
-use crate::image::{PrebuildOnError, RunnerSource};
+use crate::image::{ImageSource, PrebuildOnError, RunnerSource};
 use crate::net::NetSpec;
 
 /// A pool as it is asked for.
@@ -20,8 +20,8 @@ pub struct PoolSpec {
     /// `vm_disk_directory`: absolute.
     pub disk_directory: PathBuf,
     pub shape: Shape,
-    /// `vm_image`: a local qcow2 or raw file.
-    pub image: PathBuf,
+    /// `vm_image` and the keys beside it.
+    pub image: ImageSource,
     pub disk_gib: u32,
     /// `vm_prebuild_cloudinit_extra_cmds`, each a YAML item as its author wrote it.
     pub extra_commands: Vec<String>,

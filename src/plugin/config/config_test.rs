@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use serde_json::json;
 
 use super::*;
-use crate::image::PrebuildOnError;
+use crate::image::{ImageName, PrebuildOnError};
 use crate::pool::FixedCredential;
 use crate::pool::keys::{KeyPair, SshKeyType};
 
@@ -47,7 +47,7 @@ fn an_image_is_all_that_must_be_given() {
         connector,
         warnings,
     } = check(&json!({ "vm_image": IMAGE })).unwrap();
-    assert_eq!(pool.image, PathBuf::from(IMAGE));
+    assert_eq!(pool.image, ImageName::Path(PathBuf::from(IMAGE)).into());
     assert_eq!((pool.shape.vcpus, pool.shape.memory_mib), (2, 4096));
     assert_eq!(pool.disk_gib, 30);
     assert_eq!(pool.disk_directory, PathBuf::from("/var/lib/fleetingd"));

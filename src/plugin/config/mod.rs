@@ -17,7 +17,7 @@ use std::path::Path;
 use serde_json::Value;
 
 use super::generated::fleeting::ConnectorConfig;
-use crate::image::RunnerSource;
+use crate::image::{ImageName, RunnerSource};
 use crate::net::NetSpec;
 use crate::pool::{PoolSpec, Shape};
 use keys::{Default, Draft, KEYS, Key};
@@ -223,7 +223,7 @@ fn assemble(draft: Draft, connector: Connector, host: &Host) -> Option<Config> {
             vcpus: u8::try_from(draft.vcpus).ok()?,
             memory_mib: draft.memory_mib,
         },
-        image: draft.image?,
+        image: ImageName::Path(draft.image?).into(),
         disk_gib: draft.disk_gib,
         extra_commands: draft.extra_commands,
         on_command_error: draft.on_command_error,
