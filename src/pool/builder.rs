@@ -1,17 +1,17 @@
-//! Obtains a generation: finds it, or builds it in a prebuild VM and proves it by a worker.
+//! Builds a generation in a prebuild VM and proves it by a worker.
 //!
 //! ```text
-//!  key ─> sealed and tested? ──yes──────────────────────────────────────> current
-//!           │ no: whose turn is it (one builder a host)
-//!           v
-//!  plan (raw disk, kernel, seed) ─> fleetingd0 runs ─> powered off ─> sealed ─> smoke test ─┘
+//!  plan (raw disk, kernel, seed) ─> fleetingd0 runs ─> powered off ─> sealed     a worker came up
 //! ```
 //!
-//! One task at a time; it gives up at once when the pool closes, and a crash leaves nothing but
-//! a temporary folder that the next build removes.
+//! Each step gives up at once when the pool closes, and a crash leaves nothing but a temporary
+//! folder that a later build removes. When to build, and what to do with the result, is
+//! [`super::refresh`]'s.
 
+use std::cell::Cell;
 use std::fs::File;
-use std::sync::Arc;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
@@ -19,12 +19,13 @@ use tokio::sync::watch;
 use super::host::{Host, Machines, chain};
 use super::machine::{self, MachineError};
 use super::spec::{FixedCredential, PoolSpec};
+use super::status::ImageReport;
 use super::view::MachineView;
 use super::vm::{Vm, VmStartError};
 use crate::agent;
 use crate::image::{
-    self, BuildInputs, BuildLock, BuildPlan, BuildProgress, Generation, GenerationKey, ImageError,
-    LocalImage, SeedNet, SourceError, SourceProgress,
+    self, BuildInputs, BuildLock, BuildPlan, BuildProgress, Generation, ImageError, LocalImage,
+    SeedNet, SourceError, SourceProgress,
 };
 use crate::net::{NetError, Slot, SlotRole};
 use crate::vmm::{self, DiskSource, DiskSpec, KernelSource, NetSpec, VmEnd, VmSpec};
@@ -77,79 +78,13 @@ pub enum BuildError {
     Task(#[source] tokio::task::JoinError),
 }
 
-/// Finds or makes the generation of the pool's configuration; `None` where the pool boots nothing.
-pub async fn obtain(
-    host: &Arc<Host>,
-    mut closing: watch::Receiver<bool>,
-) -> Result<Option<Current>, BuildError> {
-    let Some(machines) = host.machines() else {
-        return Ok(None);
-    };
-    let spec = host.spec();
-    let image = local_image(spec, machines, &mut closing).await?;
-    let inputs = Arc::new(inputs(spec, machines, &image)?);
-    let key = {
-        let (host, inputs) = (Arc::clone(host), Arc::clone(&inputs));
-        blocking(move || {
-            let machines = host.machines().ok_or(BuildError::Closing)?;
-            Ok(inputs.key(&machines.store)?)
-        })
-        .await?
-    };
-    let generation = match machines.store.find(&key)? {
-        Some(generation) => generation,
-        None => {
-            let lock = turn(machines, &mut closing).await?;
-            // Whoever had the turn before may have built just this.
-            match machines.store.find(&key)? {
-                Some(generation) => generation,
-                None => build(host, machines, lock, &inputs, &mut closing).await?,
-            }
-        }
-    };
-    let base = generation.open_disk()?;
-    let mut current = Current {
-        generation,
-        base: Arc::new(base),
-    };
-    if !current.generation.tested {
-        smoke_test(spec, machines, &current, &mut closing).await?;
-        machines.store.mark_tested(&current.generation)?;
-        current.generation.tested = true;
-    }
-    tracing::info!(generation = %current.generation.key, "image is ready");
-    for warning in &current.generation.warnings {
-        tracing::warn!("prebuild: {warning}");
-    }
-    let (host, key) = (Arc::clone(host), current.generation.key.clone());
-    tokio::task::spawn_blocking(move || tidy(&host, &key));
-    Ok(Some(current))
-}
-
-/// Removes generations that nobody uses, unless somebody builds just now: then the next one does.
-fn tidy(host: &Host, key: &GenerationKey) {
-    let Some(machines) = host.machines() else {
-        return;
-    };
-    let removed = match machines.store.try_build_lock() {
-        Ok(Some(lock)) => machines.store.collect_garbage(&lock, key),
-        Ok(None) => return,
-        Err(e) => Err(e),
-    };
-    match removed {
-        Ok(names) if names.is_empty() => {}
-        Ok(names) => tracing::info!("removed what no machine uses: {}", names.join(", ")),
-        Err(e) => tracing::warn!("tidy the image store: {}", chain(&e)),
-    }
-}
-
 /// Puts a plan's progress into the log: each stage once, and a long one every few seconds.
-#[derive(Default)]
-struct ProgressTeller {
-    last: std::cell::Cell<Option<Instant>>,
+struct ProgressTeller<'a> {
+    report: &'a ImageReport,
+    last: Cell<Option<Instant>>,
 }
 
-impl ProgressTeller {
+impl ProgressTeller<'_> {
     fn tell(&self, progress: BuildProgress) {
         const EVERY: Duration = Duration::from_secs(5);
         match progress {
@@ -157,29 +92,42 @@ impl ProgressTeller {
                 done_bytes,
                 total_bytes,
             } => {
+                if self.last.get().is_none() {
+                    self.report.enter("converting");
+                }
                 let due = self.last.get().is_none_or(|at| at.elapsed() >= EVERY);
                 if due || done_bytes == total_bytes {
                     self.last.set(Some(Instant::now()));
                     let (done, total) = (done_bytes >> 20, total_bytes >> 20);
+                    self.report.detail(format!("{done} of {total} MiB"));
                     tracing::info!("image: {done} of {total} MiB converted");
                 }
             }
-            BuildProgress::Extracting => tracing::info!("image: reading kernel and initrd"),
-            BuildProgress::Seeding => tracing::info!("image: writing the seed volume"),
+            BuildProgress::Extracting => {
+                self.report.enter("extracting");
+                tracing::info!("image: reading kernel and initrd");
+            }
+            BuildProgress::Seeding => {
+                self.report.enter("seeding");
+                tracing::info!("image: writing the seed volume");
+            }
         }
     }
 }
 
 /// The vendor's image as a verified local file.
-async fn local_image(
-    spec: &PoolSpec,
-    machines: &Machines,
+pub async fn local_image(
+    host: &Host,
     closing: &mut watch::Receiver<bool>,
 ) -> Result<LocalImage, BuildError> {
-    let teller = DownloadTeller::default();
+    let store = host.store().ok_or(BuildError::Closing)?;
+    let teller = DownloadTeller {
+        report: &host.image,
+        last: Mutex::default(),
+    };
     let tell = |progress| teller.tell(progress);
     let image = tokio::select! {
-        image = image::obtain(&spec.image, &machines.store, &tell) => image?,
+        image = image::obtain(&host.spec().image, store, &tell) => image?,
         () = machine::asked(closing) => return Err(BuildError::Closing),
     };
     if let Some(reason) = &image.outdated {
@@ -189,17 +137,20 @@ async fn local_image(
 }
 
 /// Puts a download's progress into the log: each stage once, and a long one every few seconds.
-#[derive(Default)]
-struct DownloadTeller {
-    last: std::sync::Mutex<Option<Instant>>,
+struct DownloadTeller<'a> {
+    report: &'a ImageReport,
+    last: Mutex<Option<Instant>>,
 }
 
-impl DownloadTeller {
+impl DownloadTeller<'_> {
     fn tell(&self, progress: SourceProgress) {
         const EVERY: Duration = Duration::from_secs(5);
         match progress {
             SourceProgress::Looking => tracing::info!("image: asking what there is"),
-            SourceProgress::Verifying => tracing::info!("image: verifying"),
+            SourceProgress::Verifying => {
+                self.report.enter("verifying");
+                tracing::info!("image: verifying");
+            }
             SourceProgress::Downloading {
                 done_bytes,
                 total_bytes,
@@ -207,6 +158,9 @@ impl DownloadTeller {
                 let Ok(mut last) = self.last.lock() else {
                     return;
                 };
+                if last.is_none() {
+                    self.report.enter("downloading");
+                }
                 if last.is_some_and(|at| at.elapsed() < EVERY) {
                     return;
                 }
@@ -214,6 +168,7 @@ impl DownloadTeller {
                 let done = done_bytes >> 20;
                 match total_bytes {
                     Some(total) => {
+                        self.report.detail(format!("{done} of {} MiB", total >> 20));
                         tracing::info!("image: {done} of {} MiB downloaded", total >> 20);
                     }
                     None => tracing::info!("image: {done} MiB downloaded"),
@@ -223,37 +178,41 @@ impl DownloadTeller {
     }
 }
 
-fn inputs(
-    spec: &PoolSpec,
-    machines: &Machines,
-    image: &LocalImage,
-) -> Result<BuildInputs, BuildError> {
+/// What the configuration asks for, before its image is a local file; `None` where machines need
+/// none.
+pub fn inputs(host: &Host) -> Option<BuildInputs> {
+    let (spec, agent) = (host.spec(), host.agent()?);
     let password = match &spec.login.fixed {
         Some(FixedCredential::Password(password)) => Some(password.clone()),
         _ => None,
     };
-    Ok(BuildInputs {
-        image: image.path.clone(),
+    Some(BuildInputs {
+        setting: spec.image.image.to_string(),
+        image: PathBuf::new(),
         disk_gib: spec.disk_gib,
         username: spec.login.username.clone(),
         password,
         extra_commands: spec.extra_commands.clone(),
         on_command_error: spec.on_command_error,
         runner: spec.runner.clone(),
-        agent: Arc::clone(&machines.agent),
+        agent,
         agent_protocol: agent::PROTOCOL,
     })
 }
 
 /// Waits for this process's turn to build.
-async fn turn(
-    machines: &Machines,
+pub async fn turn(
+    host: &Host,
     closing: &mut watch::Receiver<bool>,
 ) -> Result<BuildLock, BuildError> {
+    let store = host.store().ok_or(BuildError::Closing)?;
     let mut told: Option<Instant> = None;
     loop {
-        if let Some(lock) = machines.store.try_build_lock()? {
+        if let Some(lock) = store.try_build_lock()? {
             return Ok(lock);
+        }
+        if told.is_none() {
+            host.image.enter("waiting for its turn");
         }
         if told.is_none_or(|at| at.elapsed() > TELL) {
             tracing::info!(
@@ -272,13 +231,20 @@ async fn pause(time: Duration, closing: &mut watch::Receiver<bool>) -> Result<()
     }
 }
 
-async fn build(
+/// Builds a generation; nobody has come up from it yet.
+pub async fn build(
     host: &Arc<Host>,
-    machines: &Machines,
     lock: BuildLock,
     inputs: &Arc<BuildInputs>,
     closing: &mut watch::Receiver<bool>,
 ) -> Result<Generation, BuildError> {
+    host.counters.image("built");
+    let Some(machines) = host.machines() else {
+        #[cfg(feature = "test-vmm")]
+        return super::fake::build(host, &lock, inputs);
+        #[cfg(not(feature = "test-vmm"))]
+        return Err(BuildError::Closing);
+    };
     let slot = build_slot(machines, closing).await?;
     let built = build_in(host, machines, lock, inputs, &slot, closing).await;
     // Its TAP and numbers are free for other builders again.
@@ -334,14 +300,19 @@ async fn build_in(
         let (host, inputs) = (Arc::clone(host), Arc::clone(inputs));
         blocking(move || {
             let machines = host.machines().ok_or(BuildError::Closing)?;
-            let teller = ProgressTeller::default();
+            let teller = ProgressTeller {
+                report: &host.image,
+                last: Cell::default(),
+            };
             let tell = |progress| teller.tell(progress);
             let plan = machines.store.plan(&lock, &inputs, &net, &tell)?;
             Ok((lock, plan))
         })
         .await?
     };
-    run_prebuild(host.spec(), machines, &plan, slot, closing).await?;
+    host.image.enter("prebuild");
+    run_prebuild(host, machines, &plan, slot, closing).await?;
+    host.image.enter("sealing");
     let host = Arc::clone(host);
     blocking(move || {
         let machines = host.machines().ok_or(BuildError::Closing)?;
@@ -353,12 +324,13 @@ async fn build_in(
 }
 
 async fn run_prebuild(
-    spec: &PoolSpec,
+    host: &Host,
     machines: &Machines,
     plan: &BuildPlan,
     slot: &Slot,
     closing: &mut watch::Receiver<bool>,
 ) -> Result<(), BuildError> {
+    let spec = host.spec();
     let console = machines.store.console_path(PREBUILD).display().to_string();
     let vm_spec = prebuild_spec(spec, machines, plan, slot)?;
     let vm = Vm::start(vm_spec).await.map_err(BuildError::Start)?;
@@ -375,6 +347,7 @@ async fn run_prebuild(
             }
             () = tokio::time::sleep(TELL) => {
                 let line = last_line(&vm.console_tail(512));
+                host.image.detail(line.clone());
                 tracing::info!(seconds = began.elapsed().as_secs(), "prebuild is running: {line}");
             }
         }
@@ -455,12 +428,18 @@ fn prebuild_spec(
 }
 
 /// A worker must come up from the generation before anybody depends on it.
-async fn smoke_test(
-    spec: &PoolSpec,
-    machines: &Machines,
+pub async fn smoke_test(
+    host: &Host,
     current: &Current,
     closing: &mut watch::Receiver<bool>,
 ) -> Result<(), BuildError> {
+    let Some(machines) = host.machines() else {
+        #[cfg(feature = "test-vmm")]
+        return super::fake::smoke_test(host);
+        #[cfg(not(feature = "test-vmm"))]
+        return Err(BuildError::Closing);
+    };
+    let spec = host.spec();
     tracing::info!(generation = %current.generation.key, "starting a machine to test the image");
     let (stop, mut stopped) = watch::channel(false);
     let stop = Arc::new(stop);
@@ -499,7 +478,7 @@ async fn smoke_test(
 }
 
 /// Runs what blocks on a thread of its own.
-async fn blocking<T: Send + 'static>(
+pub async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, BuildError> + Send + 'static,
 ) -> Result<T, BuildError> {
     tokio::task::spawn_blocking(work)

@@ -10,13 +10,14 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::brain::{self, Action, Answer, Event, Limits, MemoryLevel, Pause, State, Why};
-use super::builder::{self, Current};
+use super::builder::{BuildError, Current};
 use super::control::server::Server;
 use super::host::Host;
 use super::ids::IdSource;
 use super::machine;
 use super::memory;
 use super::operator;
+use super::refresh;
 use super::spec::{ConnectInfo, InstanceId, InstanceState, PoolError};
 use super::status::{GroupStatus, InstanceStatus};
 use super::view::{Glance, MachineView};
@@ -160,10 +161,6 @@ impl Driver {
                 }
             }
             Message::ImageCurrent(current) => {
-                if let Some(current) = &current {
-                    let key = current.generation.key.as_str();
-                    self.host.image.serves(key, false);
-                }
                 self.current = current;
                 self.step(Event::ImageCurrent);
             }
@@ -277,39 +274,33 @@ impl Driver {
         });
     }
 
+    /// Starts the image task. It tells what serves as soon as something does, and its end.
     fn build(&self) {
         let (host, closing) = (Arc::clone(&self.host), self.closing.subscribe());
         let outbox = self.outbox.clone();
-        let counters = Arc::clone(&self.host);
+        let serves = self.current.is_some();
         tokio::spawn(async move {
-            let mut failure = None;
-            let built = tokio::spawn(async move { builder::obtain(&host, closing).await }).await;
-            let message = match built {
-                Ok(Ok(current)) => Message::ImageCurrent(current.map(Arc::new)),
-                Ok(Err(builder::BuildError::Closing)) => return,
-                Ok(Err(error)) => {
-                    tracing::error!("no image: {}", super::host::chain(&error));
-                    failure = Some(super::host::chain(&error));
-                    Message::Tell(Event::ImageFailed)
-                }
-                Err(panic) => {
-                    tracing::error!("build task failed: {panic}");
-                    failure = Some(format!("build task failed: {panic}"));
-                    Message::Tell(Event::ImageFailed)
-                }
+            let task = {
+                let (host, outbox) = (Arc::clone(&host), outbox.clone());
+                let serve = move |current| tell(&outbox, Message::ImageCurrent(current));
+                tokio::spawn(async move { refresh::run(&host, serves, closing, &serve).await })
             };
-            counters.counters.image(if failure.is_some() {
-                "failed"
-            } else {
-                "checked"
-            });
-            counters.image.done(failure.clone());
-            if let Some(sender) = outbox.upgrade() {
-                let _ended = sender.send(message);
-                if failure.is_none() {
-                    let _ended = sender.send(Message::Tell(Event::ImageChecked));
-                }
+            let failure = match task.await {
+                Ok(Ok(())) => None,
+                Ok(Err(BuildError::Closing)) => return,
+                Ok(Err(error)) => Some(super::host::chain(&error)),
+                Err(panic) => Some(format!("the task failed: {panic}")),
+            };
+            if let Some(reason) = &failure {
+                tracing::error!("no new image: {reason}");
             }
+            let (outcome, event) = match failure {
+                Some(_) => ("failed", Event::ImageFailed),
+                None => ("good", Event::ImageChecked),
+            };
+            host.counters.image(outcome);
+            host.image.done(failure);
+            tell(&outbox, Message::Tell(event));
         });
     }
 
@@ -380,9 +371,7 @@ impl Driver {
         let outbox = self.outbox.clone();
         tokio::spawn(async move {
             tokio::time::sleep(pause).await;
-            if let Some(sender) = outbox.upgrade() {
-                let _ended = sender.send(message);
-            }
+            tell(&outbox, message);
         });
     }
 
@@ -399,6 +388,13 @@ impl Driver {
                 }
             }
         });
+    }
+}
+
+/// Tells the driver, if it still lives.
+fn tell(outbox: &mpsc::WeakUnboundedSender<Message>, message: Message) {
+    if let Some(sender) = outbox.upgrade() {
+        let _ended = sender.send(message);
     }
 }
 

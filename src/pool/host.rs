@@ -33,6 +33,8 @@ pub struct Host {
     backing: Backing,
     pub counters: Counters,
     pub image: ImageReport,
+    /// Held while what the group serves changes: a promotion and a pin, one after the other.
+    pub serving: Mutex<()>,
 }
 
 #[derive(Debug)]
@@ -42,6 +44,8 @@ enum Backing {
     Nothing {
         /// Holds the group's name, where there is a run folder for it.
         _group: Option<crate::net::Lock>,
+        /// Where there is one, generations come and go as everywhere, but for the VMs.
+        store: Option<(Box<Store>, Arc<File>)>,
     },
 }
 
@@ -91,6 +95,7 @@ impl Host {
             spec,
             counters: Counters::default(),
             image: ImageReport::default(),
+            serving: Mutex::default(),
         };
         Ok((host, ready.warnings))
     }
@@ -98,17 +103,27 @@ impl Host {
     #[cfg(feature = "test-vmm")]
     fn fake(spec: PoolSpec) -> Result<Self, Vec<String>> {
         let group = spec.group.clone().unwrap_or_else(|| "fake".to_owned());
-        let lock = match &spec.run_directory {
-            Some(dir) => Some(crate::net::lock_group_in(dir, &group).map_err(|e| vec![chain(&e)])?),
-            None => None,
+        let problem = |e: &dyn Error| vec![chain(e)];
+        let (lock, store) = match &spec.run_directory {
+            Some(dir) => {
+                let lock = net::lock_group_in(dir, &group).map_err(|e| problem(&e))?;
+                let store = Store::open(&spec.disk_directory).map_err(|e| problem(&e))?;
+                let agent = File::open("/proc/self/exe").map_err(|e| problem(&e))?;
+                (Some(lock), Some((Box::new(store), Arc::new(agent))))
+            }
+            None => (None, None),
         };
         Ok(Self {
             group,
             max_size: spec.net.subnet.slots().saturating_sub(1),
-            backing: Backing::Nothing { _group: lock },
+            backing: Backing::Nothing {
+                _group: lock,
+                store,
+            },
             spec,
             counters: Counters::default(),
             image: ImageReport::default(),
+            serving: Mutex::default(),
         })
     }
 
@@ -136,6 +151,26 @@ impl Host {
             Backing::Machines(machines) => Some(machines),
             #[cfg(feature = "test-vmm")]
             Backing::Nothing { .. } => None,
+        }
+    }
+
+    /// Where generations lie; `None` where machines need none.
+    pub fn store(&self) -> Option<&Store> {
+        match &self.backing {
+            Backing::Machines(machines) => Some(&machines.store),
+            #[cfg(feature = "test-vmm")]
+            Backing::Nothing { store, .. } => store.as_ref().map(|(store, _agent)| &**store),
+        }
+    }
+
+    /// What becomes the guest's agent.
+    pub fn agent(&self) -> Option<Arc<File>> {
+        match &self.backing {
+            Backing::Machines(machines) => Some(Arc::clone(&machines.agent)),
+            #[cfg(feature = "test-vmm")]
+            Backing::Nothing { store, .. } => {
+                store.as_ref().map(|(_store, agent)| Arc::clone(agent))
+            }
         }
     }
 

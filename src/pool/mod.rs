@@ -18,6 +18,8 @@ mod builder;
 pub mod control;
 mod counters;
 mod driver;
+#[cfg(feature = "test-vmm")]
+mod fake;
 mod host;
 pub mod ids;
 pub mod keys;
@@ -26,6 +28,7 @@ mod machine;
 mod memory;
 mod operator;
 mod preflight;
+mod refresh;
 pub mod spec;
 pub mod ssh;
 pub mod status;
@@ -145,3 +148,5 @@ impl Pool {
 
 #[cfg(test)]
 mod pool_test;
+#[cfg(all(test, feature = "test-vmm"))]
+mod refresh_test;

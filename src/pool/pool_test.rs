@@ -10,7 +10,7 @@ use super::*;
 use crate::image::{ImageName, PrebuildOnError, RunnerSource};
 use crate::net::NetSpec;
 
-fn spec(boot: Duration) -> PoolSpec {
+pub fn spec(boot: Duration) -> PoolSpec {
     PoolSpec {
         net: NetSpec {
             subnet: "10.200.0.0/20".parse().unwrap(),
@@ -106,44 +106,4 @@ async fn a_thousand_instances_are_answered_from_memory() {
     until(&pool, InstanceState::Deleted).await;
     assert_eq!(pool.increase(1).await.unwrap(), 1);
     pool.shutdown().await;
-}
-
-async fn ask(dir: &std::path::Path, request: control::Request) -> Option<control::Response> {
-    let peer = control::client::peers(dir).unwrap().remove(0);
-    tokio::task::spawn_blocking(move || peer.ask(&request).unwrap())
-        .await
-        .unwrap()
-}
-
-#[tokio::test]
-async fn a_pool_tells_the_operator_what_it_does() {
-    let dir = tempfile::tempdir().unwrap();
-    let run = dir.path().join("run");
-    let mut spec = spec(Duration::ZERO);
-    spec.run_directory = Some(run.clone());
-    let pool = Pool::open(spec.clone()).await.unwrap();
-    let taken = Pool::open(spec).await.unwrap_err();
-    assert!(taken[0].contains("group"), "{taken:?}");
-    pool.increase(2).await.unwrap();
-    let ids = until(&pool, InstanceState::Running).await;
-    let Some(control::Response::Status(status)) = ask(&run, control::Request::Status).await else {
-        panic!("no status");
-    };
-    assert_eq!((status.group.as_str(), status.occupied), ("g", 2));
-    let shown: Vec<&str> = status.instances.iter().map(|i| i.id.as_str()).collect();
-    let asked: Vec<&str> = ids.iter().map(InstanceId::as_str).collect();
-    assert_eq!(shown, asked);
-    assert!(
-        status
-            .instances
-            .iter()
-            .all(|i| i.state == "running" && i.phase == "running")
-    );
-    assert_eq!((status.counters.asked, status.counters.accepted), (2, 2));
-    assert_eq!(status.counters.boots["cold"].count, 2);
-    pool.shutdown().await;
-    assert!(
-        control::client::peers(&run).unwrap().is_empty(),
-        "its socket is gone"
-    );
 }

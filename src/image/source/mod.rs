@@ -31,6 +31,14 @@ pub enum ImageName {
     Path(PathBuf),
 }
 
+impl std::fmt::Display for ImageName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Path(path) => path.display().fmt(f),
+        }
+    }
+}
+
 /// What [`obtain`] is at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SourceProgress {
