@@ -60,11 +60,12 @@ impl GroupRecord {
         self.pinned.as_deref() == Some(name) || (recent && !forgotten)
     }
 
-    /// The one that served before what serves now.
-    fn before(&self) -> Option<&str> {
-        let serving = self.serving()?;
-        let place = self.history.iter().position(|name| name == serving)?;
-        self.history.get(place + 1).map(String::as_str)
+    /// Those that served before what serves now, the last first.
+    fn before(&self) -> &[String] {
+        let serving = self.serving().unwrap_or_default();
+        let place = self.history.iter().position(|name| name == serving);
+        let older = place.and_then(|place| self.history.get(place + 1..));
+        older.unwrap_or_default()
     }
 }
 
@@ -155,17 +156,24 @@ impl Store {
         })
     }
 
-    /// Pins the generation that served before the one that serves now.
-    pub fn roll_back(&self, group: &str) -> Result<Generation, ImageError> {
+    /// Pins the last generation that served before the one that serves now, and is of use.
+    pub fn roll_back(
+        &self,
+        group: &str,
+        of_use: &dyn Fn(&Lineage) -> bool,
+    ) -> Result<Generation, ImageError> {
         let mut found = None;
         self.change(group, |record| {
-            let nothing = || ImageError::NothingBefore {
+            for name in record.before() {
+                found = self.tested(name)?.filter(|g| of_use(&g.lineage));
+                if found.is_some() {
+                    break;
+                }
+            }
+            let generation = found.as_ref().ok_or_else(|| ImageError::NothingBefore {
                 group: group.to_owned(),
-            };
-            let name = record.before().ok_or_else(nothing)?.to_owned();
-            let generation = self.tested(&name)?.ok_or_else(nothing)?;
-            record.pinned = Some(name);
-            found = Some(generation);
+            })?;
+            record.pinned = Some(generation.key.to_string());
             Ok(())
         })?;
         found.ok_or_else(|| ImageError::NothingBefore {
@@ -196,6 +204,14 @@ impl Store {
             .map_err(|e| ImageError::file("encode", &self.groups.at(&name))(e.into()))?;
         self.groups.write_atomic(&name, &text)?;
         Ok(record)
+    }
+
+    /// What machines of a group start from by its record, if it is there.
+    pub fn serving(&self, record: &GroupRecord) -> Result<Option<Generation>, ImageError> {
+        match record.serving() {
+            Some(name) => self.tested(name),
+            None => Ok(None),
+        }
     }
 
     /// The generation of this name, if a worker has come up from it.

@@ -145,14 +145,21 @@ fn a_pinned_generation_serves_and_stays_whatever_is_newer() {
 fn a_rollback_goes_back_one_generation_at_a_time() {
     let bench = Bench::new();
     let a = bench.serve("a", &["1", "2", "3"]);
-    let back = || bench.store.roll_back("a").map(|g| g.key.to_string());
+    let back = || {
+        bench
+            .store
+            .roll_back("a", &|_| true)
+            .map(|g| g.key.to_string())
+    };
     assert_eq!(back().unwrap(), a[1]);
     assert_eq!(back().unwrap(), a[0]);
     let error = back().unwrap_err().to_string();
     assert!(error.contains("no image that served before"), "{error}");
     let pinned = bench.store.group("a").unwrap().pinned;
     assert_eq!(pinned, Some(a[0].clone()), "a refusal changes nothing");
-    assert!(bench.store.roll_back("nobody").is_err());
+    assert!(bench.store.roll_back("nobody", &|_| true).is_err());
+    bench.store.pin("a", None).unwrap();
+    assert!(bench.store.roll_back("a", &|_| false).is_err());
 }
 
 #[test]

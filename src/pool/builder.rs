@@ -74,6 +74,8 @@ pub enum BuildError {
     OpenDisk(#[source] std::io::Error),
     #[error("no worker came up from the new generation")]
     Smoke(#[source] MachineError),
+    #[error("machines of {generation} have another login or agent than this configuration")]
+    OtherLogin { generation: String },
     #[error("a build task failed")]
     Task(#[source] tokio::task::JoinError),
 }

@@ -8,11 +8,15 @@ use std::sync::Arc;
 use tokio::sync::{mpsc, oneshot};
 
 use super::brain::{Answer, Event};
+use super::builder::{self, BuildError};
 use super::control::server::Server;
 use super::control::{Request, Response};
 use super::driver::Message;
-use super::host::Host;
+use super::host::{Host, chain};
+use super::refresh;
 use super::status::GroupStatus;
+use crate::agent;
+use crate::image::Lineage;
 
 /// The operator's socket; a pool without one works, so that is a warning.
 pub fn open(host: &Arc<Host>, outbox: &mpsc::WeakUnboundedSender<Message>) -> Option<Server> {
@@ -49,8 +53,68 @@ pub async fn answer(
         Request::Status => status(host, driver)
             .await
             .map(|status| Response::Status(Box::new(status))),
-        Request::Refresh => refresh(driver).await,
+        Request::Refresh => look_now(driver).await,
+        Request::Pin { .. } | Request::Unpin | Request::RollBack => {
+            let ends = request == Request::Unpin;
+            let changed = match change(host, driver, request).await {
+                Ok(text) => Response::Done { text },
+                Err(error) => Response::Failed {
+                    text: chain(&error),
+                },
+            };
+            // What is newest may have been built or missed meanwhile.
+            if ends && matches!(changed, Response::Done { .. }) {
+                look_now(driver).await?;
+            }
+            Some(changed)
+        }
     }
+}
+
+/// Has the group serve another generation. Machines that run keep theirs.
+async fn change(
+    host: &Arc<Host>,
+    driver: &mpsc::UnboundedSender<Message>,
+    request: Request,
+) -> Result<String, BuildError> {
+    let _turn = host.serving.lock().await;
+    let lineage = builder::inputs(host).map(|inputs| inputs.lineage());
+    let lineage = lineage.ok_or(BuildError::Closing)?;
+    let of_use =
+        move |other: &Lineage| other.same_login(&lineage) && agent::speaks(other.agent_protocol);
+    let (found, pinned) = refresh::with_store(host, move |store, group| match request {
+        Request::Pin { generation } => {
+            let generation = store.resolve(&generation)?;
+            if !of_use(&generation.lineage) {
+                return Err(BuildError::OtherLogin {
+                    generation: generation.key.to_string(),
+                });
+            }
+            store.pin(group, Some(&generation))?;
+            Ok((Some(generation), true))
+        }
+        Request::RollBack => Ok((Some(store.roll_back(group, &of_use)?), true)),
+        _ => {
+            let record = store.pin(group, None)?;
+            let serving = store.serving(&record)?;
+            Ok((serving.filter(|g| of_use(&g.lineage)), false))
+        }
+    })
+    .await?;
+    let mut text = "no image is pinned any more".to_owned();
+    if let Some(generation) = found {
+        let name = generation.key.to_string();
+        host.image.serves(&name, pinned);
+        let current = refresh::open(generation)?;
+        // A driver that is gone serves nothing any more.
+        let _gone = driver.send(Message::ImageCurrent(Some(current)));
+        text.push_str(&format!("; new machines start from {name}"));
+        if pinned {
+            text = format!("new machines start from {name} until `fleetingd images pin --off`");
+        }
+        tracing::info!(generation = name, pinned, "the operator chose an image");
+    }
+    Ok(text)
 }
 
 /// All of a pool's status.
@@ -81,7 +145,7 @@ pub async fn status(
     Some(status)
 }
 
-async fn refresh(driver: &mpsc::UnboundedSender<Message>) -> Option<Response> {
+async fn look_now(driver: &mpsc::UnboundedSender<Message>) -> Option<Response> {
     let (reply, answer) = oneshot::channel();
     let event = Event::RefreshNow;
     driver.send(Message::Ask { event, reply }).ok()?;

@@ -282,3 +282,67 @@ async fn refreshes_come_by_themselves() {
     bench.until("newer", |s| s.image.generation != first).await;
     pool.shutdown().await;
 }
+
+#[tokio::test]
+async fn an_operator_goes_back_stays_there_and_comes_forward_again() {
+    let bench = Bench::new("1");
+    let pool = bench.open().await;
+    let first = bench.over(1).await.image.generation.unwrap();
+    bench.publish("2");
+    let second = bench.refresh(2).await.image.generation.unwrap();
+    let done = |response: Response| match response {
+        Response::Done { text } => text,
+        other => panic!("{other:?}"),
+    };
+    let text = done(bench.ask(Request::RollBack).await);
+    assert!(text.contains(&first), "{text}");
+    // Nothing newer gets past a pin, not even after a refresh.
+    bench.publish("3");
+    let status = bench.refresh(3).await;
+    assert_eq!(
+        (status.image.generation.as_deref(), status.image.pinned),
+        (Some(first.as_str()), true)
+    );
+    pool.increase(1).await.unwrap();
+    let status = bench.status("g").await;
+    assert_eq!(
+        status.instances[0].generation.as_deref(),
+        Some(first.as_str())
+    );
+    let wrong = bench
+        .ask(Request::Pin {
+            generation: "xyz".to_owned(),
+        })
+        .await;
+    assert!(matches!(wrong, Response::Failed { .. }), "{wrong:?}");
+    let again = Request::Pin {
+        generation: second[..20].to_owned(),
+    };
+    assert!(done(bench.ask(again).await).contains(&second));
+    done(bench.ask(Request::Unpin).await);
+    let status = bench.over(4).await;
+    assert!(!status.image.pinned);
+    let third = status.image.generation.unwrap();
+    assert!(
+        third != first && third != second,
+        "what was missed is made up for"
+    );
+    pool.shutdown().await;
+}
+
+#[tokio::test]
+async fn an_image_with_another_login_cannot_be_pinned() {
+    let mut bench = Bench::new("1");
+    let pool = bench.open().await;
+    let first = bench.over(1).await.image.generation.unwrap();
+    bench.spec.login.username = "other".to_owned();
+    let other = bench.open_as("h").await;
+    let pin = Request::Pin { generation: first };
+    let answer = bench.ask_group("h", pin).await;
+    assert!(
+        matches!(&answer, Response::Failed { text } if text.contains("another login")),
+        "{answer:?}"
+    );
+    pool.shutdown().await;
+    other.shutdown().await;
+}

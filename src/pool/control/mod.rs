@@ -26,6 +26,14 @@ pub enum Request {
     Status,
     /// Look for a newer image now.
     Refresh,
+    /// Serve the image whose name begins so, whatever is newer.
+    Pin {
+        generation: String,
+    },
+    /// Serve what is newest again.
+    Unpin,
+    /// Serve and pin the image that served before.
+    RollBack,
 }
 
 /// What it answers.
