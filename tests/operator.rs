@@ -76,6 +76,14 @@ impl Host {
         command.output().unwrap()
     }
 
+    fn prebuild(&self) -> Output {
+        let config = self.path("config.toml");
+        fs::write(&config, self.config("a")).unwrap();
+        let mut command = Command::new(PLUGIN);
+        command.arg("prebuild").arg("--config").arg(config);
+        command.output().unwrap()
+    }
+
     /// What a command that must succeed prints.
     fn says(&self, args: &[&str]) -> String {
         let output = self.tool(args);
@@ -133,6 +141,16 @@ async fn two_plugins_build_one_image_and_each_is_told_what_to_serve() {
     assert_eq!(groups.iter().map(built).sum::<u64>(), 1);
     let first = text(&groups[0]["image"]["generation"]);
     assert_eq!(text(&groups[1]["image"]["generation"]), first);
+
+    let begun = Instant::now();
+    while !host.path("a.prom").exists() {
+        assert!(begun.elapsed() < PATIENCE);
+    }
+    let metrics = fs::read_to_string(host.path("a.prom")).unwrap();
+    assert!(
+        metrics.contains("fleetingd_slots{group=\"a\"} "),
+        "{metrics}"
+    );
 
     a.increase(1).await.unwrap();
     host.publish("2");
@@ -244,6 +262,44 @@ async fn garbage_is_what_no_group_keeps_and_no_machine_uses() {
     let said = host.says(&["images", "gc"]);
     assert!(said.starts_with("removed "), "{said}");
     assert_eq!(host.list().len(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_prebuilt_image_is_there_when_the_plugin_starts() {
+    let host = Host::new();
+    host.publish("unbuildable");
+    let failed = host.prebuild();
+    assert_eq!(failed.status.code(), Some(1), "{failed:?}");
+    let errors = String::from_utf8(failed.stderr).unwrap();
+    assert!(
+        errors.contains("the prebuild failed: the test says so"),
+        "{errors}"
+    );
+
+    host.publish("2");
+    let said = String::from_utf8(host.prebuild().stdout).unwrap();
+    assert!(said.contains("built in"), "{said}");
+    let again = String::from_utf8(host.prebuild().stdout).unwrap();
+    assert!(again.contains("was there already"), "{again}");
+    // It is nobody's yet, and stays.
+    assert!(host.says(&["images", "list"]).contains("kept for a"));
+    assert!(host.says(&["images", "gc"]).contains("nothing to remove"));
+
+    let plugin = host.plugin("a").await;
+    let groups = host.until_served();
+    let name = text(&groups[0]["image"]["generation"]);
+    assert!(said.contains(&name), "{said}");
+    assert!(groups[0]["counters"]["images"]["built"].is_null());
+    // Beside a running plugin too.
+    host.publish("3");
+    assert!(host.prebuild().status.success());
+    assert_eq!(text(&host.status()[0]["image"]["generation"]), name);
+    plugin.shutdown().await.unwrap();
+    plugin.end().await.unwrap();
+
+    fs::write(host.path("image.new"), "").unwrap();
+    fs::remove_file(host.path("image")).unwrap();
+    assert_eq!(host.prebuild().status.code(), Some(3));
 }
 
 #[test]

@@ -8,6 +8,7 @@
 pub mod boot;
 mod bootstrap;
 mod images;
+mod prebuild;
 mod progress;
 mod serve;
 mod status;
@@ -46,6 +47,7 @@ enum Command {
     },
     /// Run the main job without GitLab: build the image, start machines, use them, end them
     Try(trial::TrialArgs),
+    Prebuild(prebuild::PrebuildArgs),
     Status(status::StatusArgs),
     Images(images::ImagesArgs),
     Boot(boot::BootArgs),
@@ -76,6 +78,7 @@ pub fn run() -> ExitCode {
         Some(Command::Version) => version::run(),
         Some(Command::Bootstrap { repository }) => bootstrap::run(&repository),
         Some(Command::Try(args)) => trial::run(&args),
+        Some(Command::Prebuild(args)) => prebuild::run(&args),
         Some(Command::Status(args)) => status::run(&args),
         Some(Command::Images(args)) => images::run(&args),
         Some(Command::Boot(args)) => boot::run(args),

@@ -29,6 +29,9 @@ pub struct GroupRecord {
     pub history: Vec<String>,
     /// The one that serves whatever is newer.
     pub pinned: Option<String>,
+    /// One that was prepared for it without a runner and has not served yet.
+    #[serde(default)]
+    pub prebuilt: Option<String>,
     /// `image_keep`, as the group last said.
     pub keep: u32,
     /// When the group last looked after its image, in seconds since the epoch.
@@ -57,7 +60,8 @@ impl GroupRecord {
         let keep = usize::try_from(self.keep).unwrap_or(usize::MAX);
         let recent = self.history.iter().take(keep).any(|kept| kept == name);
         let forgotten = now.saturating_sub(self.seen) > FORGOTTEN_AFTER_S;
-        self.pinned.as_deref() == Some(name) || (recent && !forgotten)
+        let prebuilt = self.prebuilt.as_deref() == Some(name);
+        self.pinned.as_deref() == Some(name) || ((recent || prebuilt) && !forgotten)
     }
 
     /// Those that served before what serves now, the last first.
@@ -138,8 +142,23 @@ impl Store {
             record.history.retain(|served| served != name);
             record.history.insert(0, name.to_owned());
             record.history.truncate(MAX_HISTORY);
+            record.prebuilt.take_if(|prebuilt| prebuilt == name);
             record.keep = keep;
             record.seen = now;
+            Ok(())
+        })
+    }
+
+    /// A generation that nobody serves yet stays for a group.
+    pub fn keep_prebuilt(
+        &self,
+        group: &str,
+        generation: &Generation,
+        now: u64,
+    ) -> Result<GroupRecord, ImageError> {
+        self.change(group, |record| {
+            record.prebuilt = Some(generation.key.to_string());
+            record.seen = record.seen.max(now);
             Ok(())
         })
     }

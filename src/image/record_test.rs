@@ -142,6 +142,26 @@ fn a_pinned_generation_serves_and_stays_whatever_is_newer() {
 }
 
 #[test]
+fn a_prebuilt_generation_stays_until_it_has_served_and_others_after_it() {
+    let bench = Bench::new();
+    let served = bench.serve("a", &["1", "2"]);
+    let prebuilt = bench.tested("3").key;
+    let generation = bench.store.find(&prebuilt).unwrap().unwrap();
+    bench.store.keep_prebuilt("a", &generation, NOW).unwrap();
+    drop(generation);
+    assert_eq!(
+        bench.store.group("a").unwrap().serving(),
+        Some(served[1].as_str())
+    );
+    bench.serve("a", &["4", "5"]);
+    assert_eq!(bench.store.collect_garbage(None, NOW).unwrap().len(), 2);
+    assert!(bench.there().contains(&prebuilt.to_string()));
+    bench.serve("a", &["3", "6", "7"]);
+    bench.store.collect_garbage(None, NOW).unwrap();
+    assert!(!bench.there().contains(&prebuilt.to_string()));
+}
+
+#[test]
 fn a_rollback_goes_back_one_generation_at_a_time() {
     let bench = Bench::new();
     let a = bench.serve("a", &["1", "2", "3"]);

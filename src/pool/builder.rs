@@ -70,6 +70,8 @@ pub enum BuildError {
         "the prebuild was not done after {seconds} s; hint: raise image_build_timeout, its console is {console}"
     )]
     Deadline { seconds: u64, console: String },
+    #[error("cannot show the prebuild's console")]
+    Console(#[source] std::io::Error),
     #[error("cannot open the generation's disk")]
     OpenDisk(#[source] std::io::Error),
     #[error("no worker came up from the new generation")]
@@ -334,8 +336,15 @@ async fn run_prebuild(
 ) -> Result<(), BuildError> {
     let spec = host.spec();
     let console = machines.store.console_path(PREBUILD).display().to_string();
-    let vm_spec = prebuild_spec(spec, machines, plan, slot)?;
+    let mut vm_spec = prebuild_spec(spec, machines, plan, slot)?;
+    let onlooker = host.onlooker.as_deref();
+    if let (Some(onlooker), Some(log)) = (onlooker, vm_spec.console.take()) {
+        vm_spec.console = Some(onlooker.console(log).map_err(BuildError::Console)?);
+    }
     let vm = Vm::start(vm_spec).await.map_err(BuildError::Start)?;
+    if let Some(onlooker) = onlooker {
+        onlooker.started(&vm.handle());
+    }
     let began = Instant::now();
     let end = loop {
         tokio::select! {
@@ -356,6 +365,9 @@ async fn run_prebuild(
     };
     let tail = vm.console_tail(CONSOLE_TAIL_BYTES);
     vm.kill().await;
+    if let Some(onlooker) = onlooker {
+        onlooker.ended();
+    }
     let failure = match end {
         Ok(VmEnd::PowerOff) => {
             tracing::info!(

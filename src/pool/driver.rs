@@ -16,6 +16,7 @@ use super::host::Host;
 use super::ids::IdSource;
 use super::machine;
 use super::memory;
+use super::metrics;
 use super::operator;
 use super::refresh;
 use super::spec::{ConnectInfo, InstanceId, InstanceState, PoolError};
@@ -87,6 +88,7 @@ impl Driver {
             refresh: host.spec().image_policy.refresh,
         };
         let host = Arc::new(host);
+        metrics::start(&host, &sender.downgrade());
         let control = operator::open(&host, &sender.downgrade());
         let driver = Self {
             state: State::new(limits, IdSource::new(host.group())),

@@ -16,6 +16,7 @@ use tokio::sync::Mutex;
 
 use super::counters::Counters;
 use super::keys::KeyPair;
+use super::prebuild::Onlooker;
 use super::preflight;
 #[cfg(feature = "test-vmm")]
 use super::spec::VmmKind;
@@ -35,6 +36,8 @@ pub struct Host {
     pub image: ImageReport,
     /// Held while what the group serves changes: a promotion and a pin, one after the other.
     pub serving: Mutex<()>,
+    /// Who looks on while a prebuild's machine runs.
+    pub onlooker: Option<Arc<dyn Onlooker>>,
 }
 
 #[derive(Debug)]
@@ -96,6 +99,7 @@ impl Host {
             counters: Counters::default(),
             image: ImageReport::default(),
             serving: Mutex::default(),
+            onlooker: None,
         };
         Ok((host, ready.warnings))
     }
@@ -124,6 +128,7 @@ impl Host {
             counters: Counters::default(),
             image: ImageReport::default(),
             serving: Mutex::default(),
+            onlooker: None,
         })
     }
 

@@ -26,7 +26,9 @@ pub mod keys;
 pub mod limits;
 mod machine;
 mod memory;
+mod metrics;
 mod operator;
+mod prebuild;
 mod preflight;
 mod refresh;
 pub mod spec;
@@ -40,7 +42,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use tokio::sync::{mpsc, oneshot};
 
+pub use builder::BuildError;
 pub use counters::{Boots, Counts, Spent};
+pub use prebuild::{Onlooker, PrebuildError, Prebuilt, prebuild};
 pub use spec::{
     ConnectInfo, FixedCredential, ImagePolicy, InstanceId, InstanceState, Login, OnChange,
     PoolError, PoolSpec, Shape, VmmKind,

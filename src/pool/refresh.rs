@@ -97,7 +97,7 @@ async fn stand_in(
 }
 
 /// The tested generation of these inputs, found or made.
-async fn obtain(
+pub async fn obtain(
     host: &Arc<Host>,
     inputs: &Arc<BuildInputs>,
     closing: &mut watch::Receiver<bool>,

@@ -60,6 +60,7 @@ impl Signals {
 }
 
 /// The terminal in raw mode; itself again when dropped.
+#[derive(Debug)]
 pub struct RawTerminal {
     before: Option<Termios>,
 }
