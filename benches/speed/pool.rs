@@ -4,7 +4,7 @@
 use std::time::{Duration, Instant};
 
 use criterion::{BatchSize, Criterion};
-use fleetingd::image::{PrebuildOnError, RunnerSource};
+use fleetingd::image::{ImageName, PrebuildOnError, RunnerSource};
 use fleetingd::net::{NetSpec, Subnet};
 use fleetingd::pool::keys::SshKeyType;
 use fleetingd::pool::{ImagePolicy, InstanceState, Login, Pool, PoolSpec, Shape, VmmKind};
@@ -76,7 +76,7 @@ fn spec() -> PoolSpec {
             vcpus: 1,
             memory_mib: 256,
         },
-        image: "/nowhere/image".into(),
+        image: ImageName::Path("/nowhere/image".into()).into(),
         disk_gib: 2,
         extra_commands: Vec::new(),
         on_command_error: PrebuildOnError::Fail,

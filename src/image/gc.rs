@@ -8,6 +8,13 @@ use rustix::fs::FlockOperation;
 use super::store::{BUILD_PREFIX, OLD_PREFIX};
 use super::{BuildLock, ImageError, Store};
 
+/// What is on its way out: each by its name and the one under which it waits.
+#[derive(Debug, Default)]
+struct Aside {
+    doomed: Vec<(String, String)>,
+    first_error: Option<ImageError>,
+}
+
 impl Store {
     /// Removes what may go; `now` is in seconds since the epoch. What dead builders left goes
     /// only with the lock, which says that nobody builds. Returns the names that went. Goes on
@@ -20,7 +27,10 @@ impl Store {
         if let Some(lock) = lock {
             self.check_lock(lock)?;
         }
-        let (doomed, mut first_error) = self.set_aside(lock.is_some(), now)?;
+        let Aside {
+            doomed,
+            mut first_error,
+        } = self.set_aside(lock.is_some(), now)?;
         let mut removed = Vec::new();
         for (name, aside) in doomed {
             let gone = self.generations.remove_tree(&aside);
@@ -39,31 +49,26 @@ impl Store {
 
     /// Takes what goes out of sight, so that whoever looks for it finds nothing rather than half
     /// of it. Records stand still meanwhile: nobody pins or promotes what is leaving.
-    fn set_aside(
-        &self,
-        builds: bool,
-        now: u64,
-    ) -> Result<(Vec<(String, String)>, Option<ImageError>), ImageError> {
+    fn set_aside(&self, builds: bool, now: u64) -> Result<Aside, ImageError> {
         let _records = self.lock_records()?;
         // A record that cannot be read may keep anything: the error ends this here.
         let groups = self.groups()?;
         self.remove_unfinished_records()?;
-        let mut doomed = Vec::new();
-        let mut first_error = None;
+        let mut aside = Aside::default();
         for name in self.generations.names()? {
             let kept = groups.iter().any(|group| group.keeps(&name, now));
             if kept || (name.starts_with(BUILD_PREFIX) && !builds) {
                 continue;
             }
             match self.set_one_aside(&name) {
-                Ok(Some(aside)) => doomed.push((name, aside)),
+                Ok(Some(under)) => aside.doomed.push((name, under)),
                 Ok(None) => {}
                 Err(e) => {
-                    first_error.get_or_insert(e);
+                    aside.first_error.get_or_insert(e);
                 }
             }
         }
-        Ok((doomed, first_error))
+        Ok(aside)
     }
 
     /// The name under which it waits for its end; `None` if somebody holds it.

@@ -152,5 +152,5 @@ impl Pool {
 
 #[cfg(test)]
 mod pool_test;
-#[cfg(all(test, feature = "test-vmm"))]
+#[cfg(test)]
 mod refresh_test;

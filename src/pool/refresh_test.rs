@@ -1,5 +1,7 @@
 //! Generations that come and go under a pool that boots nothing: the store, the locks, the brain
-//! and the socket are the real ones.
+//! and the socket are the real ones. Needs the feature `test-vmm`.
+
+#![cfg(feature = "test-vmm")]
 
 use std::fs;
 use std::time::Duration;
