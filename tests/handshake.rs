@@ -263,11 +263,7 @@ async fn every_problem_of_a_config_arrives_and_is_logged_as_the_host_reads_lines
     let error = client.init(&source).await.unwrap_err();
     assert_eq!(error.code(), Some(Code::InvalidArgument));
     let text = error.to_string();
-    for part in [
-        "nearest known one is vm_image",
-        "vm_memory_mb = 1:",
-        "vm_image is missing",
-    ] {
+    for part in ["nearest known one is vm_image", "vm_memory_mb = 1:"] {
         assert!(text.contains(part), "{text}");
     }
     assert_eq!(

@@ -61,7 +61,7 @@ pub fn run(args: &PrebuildArgs) -> ExitCode {
         Ok(spec) => spec,
         Err(error) => return super::fail(&error, setup),
     };
-    let directory = spec.disk_directory.display().to_string();
+    let directory = spec.image_directory.display().to_string();
     match runtime.block_on(prepare(spec, args.console)) {
         Ok(prebuilt) => {
             let spent = duration(begun.elapsed().as_secs());

@@ -257,6 +257,11 @@ fn ms(since: Instant) -> String {
     }
 }
 
+/// The line that shows what the plugin is at.
+const STATUS: &str = "{spinner} {elapsed_precise} {wide_msg}";
+const DOWNLOAD: &str =
+    "{spinner} {elapsed_precise} {wide_bar} {bytes} of {total_bytes}, {bytes_per_sec}";
+
 /// What the operator sees: finished steps as lines, the plugin's last log line as a status.
 #[derive(Debug, Clone)]
 struct Screen {
@@ -268,14 +273,13 @@ struct Screen {
 impl Screen {
     fn new() -> Self {
         let bar = ProgressBar::new_spinner();
-        if let Ok(style) = ProgressStyle::with_template("{spinner} {elapsed_precise} {wide_msg}") {
-            bar.set_style(style);
-        }
-        Self {
+        let screen = Self {
             bar,
             last: Arc::default(),
             begun: Instant::now(),
-        }
+        };
+        screen.show_download(None, None);
+        screen
     }
 
     fn line(&self, what: &str, text: &str) {
@@ -300,11 +304,28 @@ impl Screen {
             .map(|id| format!("{id}: "))
             .unwrap_or_default();
         let text = format!("{instance}{message}");
+        let number = |name: &str| parsed.get(name).and_then(serde_json::Value::as_u64);
+        self.show_download(number("done_bytes"), number("total_bytes"));
         if level == "info" && !self.bar.is_hidden() {
             *self.last.lock().unwrap_or_else(PoisonError::into_inner) = text;
             self.tick();
         } else {
             self.line(level, &text);
+        }
+    }
+
+    /// A bar while bytes come, a line again as soon as the plugin is at something else.
+    fn show_download(&self, done: Option<u64>, total: Option<u64>) {
+        let template = match (done, total) {
+            (Some(done), Some(total)) => {
+                self.bar.set_length(total);
+                self.bar.set_position(done);
+                DOWNLOAD
+            }
+            _ => STATUS,
+        };
+        if let Ok(style) = ProgressStyle::with_template(template) {
+            self.bar.set_style(style);
         }
     }
 

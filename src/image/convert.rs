@@ -2,6 +2,7 @@
 //!
 //! The format is told by the file's own magic, once, from a file that no guest has written to.
 //! A qcow2 that names other files (backing, external data) is refused before anything opens them.
+//! imago reads it, but for the one compression that it does not know (`zstd_qcow2.rs`).
 
 use std::fs::File;
 use std::io;
@@ -16,6 +17,7 @@ use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, Mapping};
 use super::ImageError;
 use super::dir::write_sparse_at;
 use super::partitions;
+use super::zstd_qcow2::{Layout, ZstdQcow2};
 
 /// Bytes read and written at once.
 const PIECE: u64 = 1 << 20;
@@ -23,6 +25,11 @@ const PIECE: u64 = 1 << 20;
 const CORRUPT: u64 = 1 << 1;
 const EXTERNAL_DATA: u64 = 1 << 2;
 const COMPRESSION_TYPE: u64 = 1 << 3;
+/// All that were ever defined; the last are the extended entries, which no vendor uses.
+const KNOWN_FEATURES: u64 = (1 << 4) - 1;
+const ZSTD: u8 = 1;
+/// As much of the header as we read.
+const HEAD_LEN: usize = 112;
 /// The first-level table of a disk far beyond any cloud image.
 const MAX_L1_ENTRIES: u32 = 4 << 20;
 
@@ -78,6 +85,13 @@ enum Source<'a> {
         image: Box<FormatAccess<ImagoFile>>,
         runtime: tokio::runtime::Runtime,
     },
+    Zstd(ZstdQcow2<'a>),
+}
+
+/// How the clusters of a qcow2 may be compressed.
+enum Compression {
+    Zlib,
+    Zstd(Layout),
 }
 
 impl<'a> Source<'a> {
@@ -91,14 +105,18 @@ impl<'a> Source<'a> {
             what,
             hint,
         };
-        let mut head = [0; 104];
+        let mut head = [0; HEAD_LEN];
         let len = file.metadata().map_err(open)?.len();
         if len >= 2048 {
             file.read_exact_at(&mut head, 0).map_err(open)?;
         }
         if head.starts_with(b"QFI\xfb") {
-            check_qcow2(&head, len).map_err(|(what, hint)| refuse(what, hint))?;
-            return Self::open_qcow2(file).map_err(open);
+            let compression = check_qcow2(&head, len).map_err(|(what, hint)| refuse(what, hint))?;
+            return match compression {
+                Compression::Zlib => Self::open_qcow2(file),
+                Compression::Zstd(layout) => ZstdQcow2::open(file, layout).map(Self::Zstd),
+            }
+            .map_err(open);
         }
         if partitions::is_gpt(file).map_err(open)? || is_ext4(file).map_err(open)? {
             return Ok(Self::Raw { file, len });
@@ -126,6 +144,7 @@ impl<'a> Source<'a> {
         match self {
             Self::Raw { len, .. } => *len,
             Self::Qcow2 { image, .. } => image.size(),
+            Self::Zstd(image) => image.len(),
         }
     }
 
@@ -157,22 +176,26 @@ impl<'a> Source<'a> {
                 }
                 Ok(None)
             }
+            Self::Zstd(image) => image.next_data(at),
         }
     }
 
-    fn read(&self, buffer: &mut [u8], at: u64) -> io::Result<()> {
+    fn read(&mut self, buffer: &mut [u8], at: u64) -> io::Result<()> {
         match self {
             Self::Raw { file, .. } => file.read_exact_at(buffer, at),
             Self::Qcow2 { image, runtime } => runtime.block_on(image.read(buffer, at)),
+            Self::Zstd(image) => image.read(buffer, at),
         }
     }
 }
 
 /// Refuses what we must not or cannot read, by the header alone.
-fn check_qcow2(head: &[u8; 104], file_len: u64) -> Result<(), (String, &'static str)> {
+fn check_qcow2(
+    head: &[u8; HEAD_LEN],
+    file_len: u64,
+) -> Result<Compression, (String, &'static str)> {
     const FLATTEN: &str = "qemu-img convert -O qcow2 writes one file that stands alone";
     const DAMAGED: &str = "download it again";
-    const REPACK: &str = "qemu-img convert -O qcow2 -c repacks it with zlib";
     let u32_at = |at: usize| {
         let field = head.get(at..).and_then(|rest| rest.first_chunk());
         field.copied().map(u32::from_be_bytes).unwrap_or(0)
@@ -198,8 +221,11 @@ fn check_qcow2(head: &[u8; 104], file_len: u64) -> Result<(), (String, &'static 
     if incompatible & CORRUPT != 0 {
         return Err(("is marked corrupt".to_owned(), DAMAGED));
     }
-    if incompatible & COMPRESSION_TYPE != 0 {
-        return Err(("is compressed with zstd".to_owned(), REPACK));
+    if incompatible & !KNOWN_FEATURES != 0 {
+        return Err((
+            "needs a qcow2 feature that we do not have".to_owned(),
+            FLATTEN,
+        ));
     }
     let l1_entries = u32_at(36);
     let l1_end = u64_at(40).checked_add(u64::from(l1_entries) * 8);
@@ -207,7 +233,18 @@ fn check_qcow2(head: &[u8; 104], file_len: u64) -> Result<(), (String, &'static 
     if !(9..=21).contains(&u32_at(20)) || l1_entries > MAX_L1_ENTRIES || !l1_is_inside {
         return Err(("has a qcow2 header that makes no sense".to_owned(), DAMAGED));
     }
-    Ok(())
+    if incompatible & COMPRESSION_TYPE == 0 {
+        return Ok(Compression::Zlib);
+    }
+    if u32_at(100) <= 104 || head.get(104) != Some(&ZSTD) {
+        return Err(("is compressed in an unknown way".to_owned(), FLATTEN));
+    }
+    Ok(Compression::Zstd(Layout {
+        cluster_bits: u32_at(20),
+        len: u64_at(24),
+        l1_offset: u64_at(40),
+        l1_entries,
+    }))
 }
 
 fn is_ext4(file: &File) -> io::Result<bool> {

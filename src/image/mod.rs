@@ -34,8 +34,11 @@ mod store;
 mod template;
 #[cfg(test)]
 mod testing;
+mod zstd_qcow2;
 
 use std::path::PathBuf;
+
+pub use reqwest::Url;
 
 pub use build::{BuildPlan, BuildProgress, Unpack};
 pub use error::ImageError;
@@ -44,7 +47,8 @@ pub use inputs::{BuildInputs, GenerationKey};
 pub use lineage::Lineage;
 pub use record::GroupRecord;
 pub use source::{
-    ImageName, ImageSource, LocalImage, SourceError, SourceProgress, TellProgress, obtain,
+    Checksum, DebianRelease, ImageName, ImageSource, LocalImage, SourceError, SourceProgress,
+    TellProgress, UbuntuRelease, Vendor, mirror, obtain, stored,
 };
 pub use store::{BuildLock, Store};
 pub use template::SeedNet;

@@ -2,6 +2,9 @@
 //!
 //! ```text
 //!  <dir>/build.lock             flock: who builds
+//!  <dir>/images/<sha256>.img    the vendors' images, verified; shared flock: in use
+//!  <dir>/images/accepted-*.json what was taken last under a name
+//!  <dir>/images/.*.part         half downloaded; exclusive flock: its downloader lives
 //!  <dir>/images/hashes.json     contents already hashed
 //!  <dir>/generations/<key>/     sealed; shared flock: in use
 //!  <dir>/generations/.build-*   half built; exclusive flock: its builder lives
@@ -10,6 +13,8 @@
 //!  <dir>/snapshots/             of this host's golden workers
 //!  <dir>/.instance_data/        consoles
 //! ```
+//!
+//! The last two may have a folder of their own, such as one in memory.
 //!
 //! Locks are flocks, so they end with their process. Every folder is flocked (shared) while the
 //! store is open, which keeps systemd-tmpfiles away.
@@ -42,6 +47,8 @@ const PIECE: usize = 1 << 20;
 #[derive(Debug)]
 pub struct Store {
     base: Dir,
+    /// Held for its lock.
+    disks: Dir,
     images: Arc<Dir>,
     pub(super) generations: Dir,
     pub(super) groups: Dir,
@@ -67,17 +74,26 @@ impl Store {
     /// Opens the store in `dir`, making what is not there. Refuses folders that somebody else
     /// could redirect.
     pub fn open(dir: &Path) -> Result<Self, ImageError> {
-        let base = Dir::open_base(dir)?;
+        Self::open_apart(dir, dir)
+    }
+
+    /// The same with images and generations in one folder, and what belongs to running machines
+    /// in another.
+    pub fn open_apart(image_dir: &Path, disk_dir: &Path) -> Result<Self, ImageError> {
+        let base = Dir::open_base(image_dir)?;
+        let disks = Dir::open_base(disk_dir)?;
         let store = Self {
             images: Arc::new(base.sub("images")?),
             generations: base.sub("generations")?,
             groups: base.sub("groups")?,
-            instance_data: base.sub(".instance_data")?,
-            snapshots: base.sub("snapshots")?,
+            instance_data: disks.sub(".instance_data")?,
+            snapshots: disks.sub("snapshots")?,
             base,
+            disks,
         };
         for dir in [
             &store.base,
+            &store.disks,
             &store.images,
             &store.generations,
             &store.groups,
@@ -90,6 +106,7 @@ impl Store {
         Ok(store)
     }
 
+    /// Where images and generations lie.
     pub fn path(&self) -> &Path {
         self.base.path()
     }
@@ -173,6 +190,11 @@ impl Store {
             .unwrap_or_default())
     }
 
+    /// Where images lie.
+    pub(super) fn images(&self) -> Arc<Dir> {
+        Arc::clone(&self.images)
+    }
+
     /// What is remembered of contents, to be asked from any thread.
     pub(super) fn hashes(&self) -> Hashes {
         Hashes(Arc::clone(&self.images))
@@ -187,7 +209,7 @@ impl Hashes {
     /// SHA-256 of a file's content, from memory where the file is as it was.
     pub fn content_hash(&self, path: &Path, file: &File) -> Result<String, ImageError> {
         let identity = FileIdentity::of(file).map_err(ImageError::file("stat", path))?;
-        let mut known = self.read_hashes()?;
+        let known = self.read_hashes()?;
         if let Some(entry) = known.iter().find(|entry| entry.identity == identity) {
             return Ok(entry.sha256.clone());
         }
@@ -197,17 +219,33 @@ impl Hashes {
                 path: path.to_owned(),
             });
         }
+        self.store(known, identity, &sha256)?;
+        Ok(sha256)
+    }
+
+    /// Remembers the SHA-256 of a file that was hashed by somebody else.
+    pub fn remember(&self, file: &File, sha256: &str) -> Result<(), ImageError> {
+        let stat = ImageError::file("stat", self.0.path());
+        let identity = FileIdentity::of(file).map_err(stat)?;
+        self.store(self.read_hashes()?, identity, sha256)
+    }
+
+    fn store(
+        &self,
+        mut known: Vec<KnownHash>,
+        identity: FileIdentity,
+        sha256: &str,
+    ) -> Result<(), ImageError> {
         known.retain(|entry| !entry.identity.same_file(&identity));
         known.push(KnownHash {
             identity,
-            sha256: sha256.clone(),
+            sha256: sha256.to_owned(),
         });
         let surplus = known.len().saturating_sub(MAX_HASHES);
         known.drain(..surplus);
         let text = serde_json::to_vec(&known)
             .map_err(|e| ImageError::file("encode", &self.0.at(HASHES))(e.into()))?;
-        self.0.write_atomic(HASHES, &text)?;
-        Ok(sha256)
+        self.0.write_atomic(HASHES, &text)
     }
 
     /// What is remembered; nothing if the file is damaged.

@@ -245,3 +245,26 @@ fn consoles_are_files_of_their_instance_alone() {
     }
     assert!(path.exists(), "the build's console is nobody's surplus");
 }
+
+#[test]
+fn images_and_machines_may_have_folders_of_their_own() {
+    let dir = tempfile::tempdir().unwrap();
+    let (images, disks) = (dir.path().join("images"), dir.path().join("disks"));
+    let store = Store::open_apart(&images, &disks).unwrap();
+    assert_eq!(store.path(), images);
+    store.create_console("group-1").unwrap();
+    let names = |path: &Path| {
+        let entries = fs::read_dir(path).unwrap();
+        let mut names: Vec<String> = entries
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        names
+    };
+    assert_eq!(names(&images), ["generations", "images"]);
+    assert_eq!(names(&disks), [".instance_data", "snapshots"]);
+    // Builders of the same images queue, wherever their machines' disks lie.
+    let other = Store::open_apart(&images, &dir.path().join("more")).unwrap();
+    let _lock = store.try_build_lock().unwrap().unwrap();
+    assert!(other.try_build_lock().unwrap().is_none());
+}

@@ -53,15 +53,15 @@ pub fn plain_root(dir: &Path) -> PathBuf {
     ext4(dir, "cloudimg-rootfs", 16, &entries)
 }
 
-/// A GPT disk as Ubuntu lays it out: partition 1 is the root and comes last, 15 is no ext4,
-/// 16 is a separate /boot where one is given.
+/// A GPT disk as Ubuntu lays it out: partition 1 is the root and comes last, 14 is for a BIOS, 15
+/// for UEFI, and 16 is a separate /boot where one is given.
 pub fn disk_with(dir: &Path, root: &Path, boot: Option<&Path>) -> PathBuf {
     let path = dir.join("disk.img");
     let disk = File::create(&path).unwrap();
     disk.set_len(64 * MIB).unwrap();
     let to = path.display();
     run(&format!(
-        "sgdisk -n 1:40M:+20M -u 1:{ROOT_UUID} -n 15:1M:+2M -t 15:ef00 -n 16:4M:+20M {to}"
+        "sgdisk -n 1:40M:+20M -u 1:{ROOT_UUID} -n 14:3M:+1M -t 14:ef02 -n 15:1M:+2M -t 15:ef00 -n 16:4M:+20M {to}"
     ));
     copy_at(root, &disk, ROOT_START);
     if let Some(boot) = boot {

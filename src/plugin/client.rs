@@ -30,6 +30,10 @@ use super::handshake::{APP_PROTOCOL, COOKIE, CORE_PROTOCOL};
 /// As long as go-plugin's host waits for the line.
 const START_TIMEOUT: Duration = Duration::from_secs(60);
 
+/// Longer than any call takes: the slowest, Shutdown, ends every machine. What does not answer in
+/// this time never will.
+const CALL_TIMEOUT: Duration = Duration::from_secs(300);
+
 /// As long as go-plugin's host waits after asking a plugin to end.
 const END_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -263,6 +267,7 @@ fn socket_of(line: &str) -> Option<PathBuf> {
 async fn connect(socket: PathBuf) -> Result<Channel, tonic::transport::Error> {
     // The address is the socket's, whatever the URI says.
     Endpoint::from_static("http://localhost")
+        .timeout(CALL_TIMEOUT)
         .connect_with_connector(service_fn(move |_uri: Uri| {
             let socket = socket.clone();
             async move { UnixStream::connect(socket).await.map(TokioIo::new) }

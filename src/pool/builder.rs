@@ -24,8 +24,7 @@ use super::view::MachineView;
 use super::vm::{Vm, VmStartError};
 use crate::agent;
 use crate::image::{
-    self, BuildInputs, BuildLock, BuildPlan, BuildProgress, Generation, ImageError, LocalImage,
-    SeedNet, SourceError, SourceProgress,
+    BuildInputs, BuildLock, BuildPlan, BuildProgress, Generation, ImageError, SeedNet, SourceError,
 };
 use crate::net::{NetError, Slot, SlotRole};
 use crate::vmm::{self, DiskSource, DiskSpec, KernelSource, NetSpec, VmEnd, VmSpec};
@@ -58,6 +57,8 @@ pub enum BuildError {
     Closing,
     #[error(transparent)]
     Source(#[from] SourceError),
+    #[error("no newer image could be had, the last verified one goes on")]
+    Outdated(#[source] SourceError),
     #[error(transparent)]
     Image(#[from] ImageError),
     #[error("no slot for the prebuild")]
@@ -114,69 +115,6 @@ impl ProgressTeller<'_> {
             BuildProgress::Seeding => {
                 self.report.enter("seeding");
                 tracing::info!("image: writing the seed volume");
-            }
-        }
-    }
-}
-
-/// The vendor's image as a verified local file.
-pub async fn local_image(
-    host: &Host,
-    closing: &mut watch::Receiver<bool>,
-) -> Result<LocalImage, BuildError> {
-    let store = host.store().ok_or(BuildError::Closing)?;
-    let teller = DownloadTeller {
-        report: &host.image,
-        last: Mutex::default(),
-    };
-    let tell = |progress| teller.tell(progress);
-    let image = tokio::select! {
-        image = image::obtain(&host.spec().image, store, &tell) => image?,
-        () = machine::asked(closing) => return Err(BuildError::Closing),
-    };
-    if let Some(reason) = &image.outdated {
-        tracing::warn!("going on with the last verified image: {}", chain(reason));
-    }
-    Ok(image)
-}
-
-/// Puts a download's progress into the log: each stage once, and a long one every few seconds.
-struct DownloadTeller<'a> {
-    report: &'a ImageReport,
-    last: Mutex<Option<Instant>>,
-}
-
-impl DownloadTeller<'_> {
-    fn tell(&self, progress: SourceProgress) {
-        const EVERY: Duration = Duration::from_secs(5);
-        match progress {
-            SourceProgress::Looking => tracing::info!("image: asking what there is"),
-            SourceProgress::Verifying => {
-                self.report.enter("verifying");
-                tracing::info!("image: verifying");
-            }
-            SourceProgress::Downloading {
-                done_bytes,
-                total_bytes,
-            } => {
-                let Ok(mut last) = self.last.lock() else {
-                    return;
-                };
-                if last.is_none() {
-                    self.report.enter("downloading");
-                }
-                if last.is_some_and(|at| at.elapsed() < EVERY) {
-                    return;
-                }
-                *last = Some(Instant::now());
-                let done = done_bytes >> 20;
-                match total_bytes {
-                    Some(total) => {
-                        self.report.detail(format!("{done} of {} MiB", total >> 20));
-                        tracing::info!("image: {done} of {} MiB downloaded", total >> 20);
-                    }
-                    None => tracing::info!("image: {done} MiB downloaded"),
-                }
             }
         }
     }

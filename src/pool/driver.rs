@@ -347,7 +347,7 @@ impl Driver {
             program_version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
             uptime_s: now.as_secs(),
-            store: self.host.spec().disk_directory.clone(),
+            store: self.host.spec().image_directory.clone(),
             max_size: self.host.max_size(),
             occupied: self.state.occupied(),
             host_memory: match self.state.memory_level() {

@@ -111,7 +111,8 @@ impl Host {
         let (lock, store) = match &spec.run_directory {
             Some(dir) => {
                 let lock = net::lock_group_in(dir, &group).map_err(|e| problem(&e))?;
-                let store = Store::open(&spec.disk_directory).map_err(|e| problem(&e))?;
+                let store = Store::open_apart(&spec.image_directory, &spec.disk_directory)
+                    .map_err(|e| problem(&e))?;
                 let agent = File::open("/proc/self/exe").map_err(|e| problem(&e))?;
                 (Some(lock), Some((Box::new(store), Arc::new(agent))))
             }

@@ -34,6 +34,7 @@ mod refresh;
 pub mod spec;
 pub mod ssh;
 pub mod status;
+mod vendor;
 mod view;
 mod vm;
 

@@ -21,6 +21,7 @@ pub fn spec(boot: Duration) -> PoolSpec {
         },
         group: Some("g".to_owned()),
         disk_directory: "/nowhere".into(),
+        image_directory: "/nowhere".into(),
         shape: Shape {
             vcpus: 1,
             memory_mib: 256,

@@ -16,6 +16,9 @@ use crate::vmm;
 /// Free space that the store needs beside the image itself, in MiB: kernel, seed and deltas.
 const ROOM_MIB: u64 = 1024;
 
+/// What a vendor's qcow2 takes, before anybody has asked how much it is.
+const VENDORS_MIB: u64 = 700;
+
 /// Checks everything and takes what this process needs of the host.
 pub async fn run(spec: &PoolSpec) -> Result<Ready, Vec<String>> {
     let mut problems = Vec::new();
@@ -25,7 +28,7 @@ pub async fn run(spec: &PoolSpec) -> Result<Ready, Vec<String>> {
         Ok(Err(e)) => problems.push(chain(&e)),
         Err(e) => problems.push(format!("the check of /dev/kvm failed: {e}")),
     }
-    let store = Store::open(&spec.disk_directory)
+    let store = Store::open_apart(&spec.image_directory, &spec.disk_directory)
         .map_err(|e| problems.push(chain(&e)))
         .ok();
     let agent = File::open("/proc/self/exe")
@@ -107,34 +110,42 @@ fn check_limits(
     }
 }
 
-/// Room for the base disk, and how many full deltas fit beside it.
+/// Room for the image and its base disk, and beside them, or in a folder of their own, for deltas.
 fn check_disk(spec: &PoolSpec, problems: &mut Vec<String>, warnings: &mut Vec<String>) {
-    let directory = &spec.disk_directory;
-    let Ok(stat) = rustix::fs::statvfs(directory) else {
-        // Store::open has said what is wrong with it.
-        return;
-    };
-    let free_mib = stat.f_bavail.saturating_mul(stat.f_frsize) >> 20;
     let image_mib = match &spec.image.image {
         ImageName::Path(path) => std::fs::metadata(path).map_or(0, |meta| meta.len() >> 20),
+        ImageName::Url(_) | ImageName::Vendor(_) => VENDORS_MIB,
     };
     // A vendor's qcow2 unpacks to some four times its size, and the prebuild adds to that.
     let wanted = image_mib.saturating_mul(4) + ROOM_MIB;
-    if free_mib < ROOM_MIB {
-        problems.push(format!(
-            "{} has {free_mib} MiB free, at least {ROOM_MIB} are needed; hint: another vm_disk_directory",
-            directory.display()
-        ));
-    } else if free_mib < wanted {
-        warnings.push(format!(
-            "{} has {free_mib} MiB free; the image may need {wanted}; hint: more room, or another vm_disk_directory",
-            directory.display()
-        ));
+    let mut folders = vec![("image_directory", &spec.image_directory, wanted)];
+    if spec.disk_directory == spec.image_directory {
+        folders = vec![("vm_disk_directory", &spec.disk_directory, wanted)];
+    } else {
+        folders.push(("vm_disk_directory", &spec.disk_directory, ROOM_MIB));
     }
-    if directory.starts_with("/tmp") {
-        warnings.push(format!(
-            "vm_disk_directory {} is below /tmp, where other programs tidy up; hint: /var/lib/fleetingd",
-            directory.display()
-        ));
+    for (key, directory, wanted) in folders {
+        let Ok(stat) = rustix::fs::statvfs(directory) else {
+            // Opening the store has said what is wrong with it.
+            continue;
+        };
+        let free_mib = stat.f_bavail.saturating_mul(stat.f_frsize) >> 20;
+        if free_mib < ROOM_MIB {
+            problems.push(format!(
+                "{} has {free_mib} MiB free, at least {ROOM_MIB} are needed; hint: another {key}",
+                directory.display()
+            ));
+        } else if free_mib < wanted {
+            warnings.push(format!(
+                "{} has {free_mib} MiB free; the image may need {wanted}; hint: more room, or another {key}",
+                directory.display()
+            ));
+        }
+        if directory.starts_with("/tmp") {
+            warnings.push(format!(
+                "{key} {} is below /tmp, where other programs tidy up; hint: /var/lib/fleetingd",
+                directory.display()
+            ));
+        }
     }
 }

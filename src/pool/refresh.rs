@@ -25,6 +25,7 @@ use super::builder::{self, BuildError, Current};
 use super::host::{Host, chain};
 use super::spec::OnChange;
 use super::status::epoch;
+use super::vendor;
 use crate::agent;
 use crate::image::{BuildInputs, Generation};
 
@@ -46,11 +47,16 @@ pub async fn run(
     if stand_in(host, &inputs, serves, serve).await? {
         return Ok(());
     }
-    inputs.image = builder::local_image(host, &mut closing).await?.path;
+    let mut image = vendor::local_image(host, &mut closing).await?;
+    inputs.image.clone_from(&image.path);
     let generation = obtain(host, &Arc::new(inputs), &mut closing).await?;
     promote(host, generation, serve).await?;
     tidy(host).await;
-    Ok(())
+    // It serves what there is; that there may be something newer is to be seen, and tried again.
+    match image.outdated.take() {
+        Some(reason) => Err(BuildError::Outdated(reason)),
+        None => Ok(()),
+    }
 }
 
 /// Has serve what can at once; whether that is what the operator pinned.

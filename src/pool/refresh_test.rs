@@ -25,6 +25,7 @@ impl Bench {
         let mut spec = spec(Duration::ZERO);
         spec.run_directory = Some(dir.path().join("run"));
         spec.disk_directory = dir.path().join("store");
+        spec.image_directory = dir.path().join("store");
         spec.image = ImageName::Path(dir.path().join("image")).into();
         let bench = Self { dir, spec };
         bench.publish(image);

@@ -19,6 +19,8 @@ pub struct PoolSpec {
     pub group: Option<String>,
     /// `vm_disk_directory`: absolute.
     pub disk_directory: PathBuf,
+    /// `image_directory`: absolute; often the same.
+    pub image_directory: PathBuf,
     pub shape: Shape,
     /// `vm_image` and the keys beside it.
     pub image: ImageSource,

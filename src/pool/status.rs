@@ -17,7 +17,7 @@ pub struct GroupStatus {
     pub program_version: String,
     pub pid: u32,
     pub uptime_s: u64,
-    /// `vm_disk_directory`: whose images these are.
+    /// `image_directory`: where its images lie.
     pub store: PathBuf,
     pub max_size: u32,
     /// Instances that hold a slot of `max_size`, or will.

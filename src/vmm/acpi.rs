@@ -220,9 +220,10 @@ fn events() -> Vec<u8> {
     let happened = Path::new("GEVT");
     let read = Store::new(&what, &happened);
     let power = And::new(&Local(1), &what, &layout::GED_POWER_BUTTON);
-    let pressed = Notify::new(&Path::new("_SB_.PWRB"), &0x80_u8).into_bytes();
+    // From the root: a name of several segments is not looked for in the scopes above.
+    let pressed = Notify::new(&Path::new("\\_SB_.PWRB"), &0x80_u8).into_bytes();
     let generation = And::new(&Local(2), &what, &layout::GED_GENERATION);
-    let changed = Notify::new(&Path::new("_SB_.VGEN"), &0x80_u8).into_bytes();
+    let changed = Notify::new(&Path::new("\\_SB_.VGEN"), &0x80_u8).into_bytes();
     let pressed = If::new(&Local(1), vec![&pressed]).into_bytes();
     let changed = If::new(&Local(2), vec![&changed]).into_bytes();
     let mut bytes = bytes_of(&Device::new(

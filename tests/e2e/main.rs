@@ -127,7 +127,6 @@ async fn a_config_with_several_problems_names_each_of_them_in_one_error() -> any
         .to_string();
     for word in [
         "\"vm_imag\"",
-        "vm_image is missing",
         "vm_memory_mb",
         "vm_num_cpu_cores",
         "vm_subnet",

@@ -200,7 +200,9 @@ impl Machine {
             address,
             gateway,
             tap: host::interface_of(gateway)?,
-            session: SshSession::open(&target).await?,
+            session: tokio::time::timeout(PATIENCE, SshSession::open(&target))
+                .await
+                .with_context(|| format!("{id}: its login takes too long"))??,
             target,
         })
     }

@@ -19,13 +19,13 @@ import (
 
 // The text of every problem reaches whoever reads the runner's log.
 func TestABadConfigIsToldInFull(t *testing.T) {
-	group := start(t, map[string]any{"vm_memry_mb": 1, "vm_num_cpu_cores": 0, "vm_subnet": "10.0.0.1/24"}).InstanceGroup()
+	group := start(t, map[string]any{"vm_image": "ubnutu", "vm_memry_mb": 1, "vm_num_cpu_cores": 0, "vm_subnet": "10.0.0.1/24"}).InstanceGroup()
 	_, err := group.Init(context.Background(), logger(t), provider.Settings{})
 	if status.Code(err) != codes.InvalidArgument {
 		t.Fatalf("Init: %v", err)
 	}
 	for _, part := range []string{
-		"vm_image is missing",
+		`vm_image = "ubnutu": expected`,
 		`unknown key "vm_memry_mb"; hint: the nearest known one is vm_memory_mb`,
 		"vm_num_cpu_cores = 0: expected an integer from 1 to 64",
 		"hint: 10.0.0.0/24",
@@ -268,10 +268,10 @@ func TestAMessageMayBeLarge(t *testing.T) {
 	if err != nil || len(text) < 8<<20 {
 		t.Fatal(len(text), err)
 	}
-	group := start(t, map[string]any{"vm_prebuild_cloudinit_extra_cmds": commands}).InstanceGroup()
+	group := start(t, map[string]any{"vm_image": "none", "vm_prebuild_cloudinit_extra_cmds": commands}).InstanceGroup()
 	ctx := metadata.NewOutgoingContext(context.Background(), metadata.Pairs("note", "large"))
 	_, err = group.Init(ctx, logger(t), provider.Settings{})
-	if status.Code(err) != codes.InvalidArgument || !strings.Contains(err.Error(), "vm_image is missing") {
+	if status.Code(err) != codes.InvalidArgument || !strings.Contains(err.Error(), "vm_image = ") {
 		t.Fatalf("Init: %.300v", err)
 	}
 }

@@ -95,7 +95,8 @@ fn boot(files: &Files, script: &str, shape: impl FnOnce(&mut VmSpec)) -> Guest {
         memory_mib: 256,
         kernel: KernelSource::Path(files.vmlinux.clone()),
         initrd: Some(files.initrd.clone()),
-        cmdline: format!("console=hvc0 quiet reboot=a panic=-1 fleetingd.run={run}"),
+        // Of the kernel, a panic alone: its warnings would lie amid what the script prints.
+        cmdline: format!("console=hvc0 loglevel=1 reboot=a panic=-1 fleetingd.run={run}"),
         disks: Vec::new(),
         net: None,
         console: Some(console.reopen().unwrap()),

@@ -18,6 +18,7 @@ echo hello >&3; read a <&3; [ \"$a\" = world ] || exit 3
 echo PRESS
 until awk '/Ged/{n=$2+$3} END{exit !n}' /proc/interrupts; do :; done
 seq 1 5000
+dmesg | grep -E 'ACPI.*[Ee]rror' && exit 4
 echo FLEETINGD-EXIT 0
 taskset 2 poweroff -f
 ";

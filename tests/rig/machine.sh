@@ -15,7 +15,16 @@
 # shellcheck shell=bash
 
 RIG_DATA_SIZE=40G
+# Seconds without a sign of life: many times what a machine with busy neighbours takes.
+RIG_STILL=240
 RIG_BOOT_MODULES=(virtio_pci virtio_blk virtio_net virtio_console virtio-rng 9p 9pnet_virtio overlay crc32c_generic crc32c-intel ext4)
+
+# QEMU of one release for every machine: the emulation of nested virtualisation in older ones
+# corrupts L1 now and then (a triple fault of L2 or L1, or a machine that stands still).
+make_qemu() {
+    as_root mmdebstrap --quiet --mode=root --variant=extract --include=qemu-system-x86 \
+        "$SUITE_NEW" "$1" "$(debian_source "$SUITE_NEW")"
+}
 
 make_kernel() { fetch_kernel "$SUITE" "$1" linux-image-amd64; }
 
@@ -37,6 +46,7 @@ make_data_disk() {
 }
 
 rig_files() {
+    build qemu make_qemu
     build kernel make_kernel
     build l1.initrd make_l1_initrd tests/rig/l1-init
     make_data_disk
@@ -104,21 +114,44 @@ rig_nested() {
 
 # Runs L1 to its end; killed with this script.
 rig_qemu() {
-    local memory pid code=0
+    local memory pid watcher code=0 control=$RIG/out/.control qemu=$RIG/qemu/usr
+    mkfifo "$control"/monitor.{in,out}
     memory=$(awk '/MemTotal/ { m = int($2 / 1024 * 3 / 4); print m < 12288 ? m : 12288 }' /proc/meminfo)
-    setpriv --pdeathsig TERM timeout --foreground "${RIG_TIMEOUT:-3600}" qemu-system-x86_64 \
+    setpriv --pdeathsig TERM timeout --foreground "${RIG_TIMEOUT:-3600}" \
+        "$qemu/lib64/ld-linux-x86-64.so.2" --library-path "$qemu/lib/x86_64-linux-gnu" "$qemu/bin/qemu-system-x86_64" \
+        -L "$qemu/share/qemu" -L "$qemu/share/seabios" \
         -M q35 -accel tcg,thread=multi -cpu max -smp "${RIG_CPUS:-2}" -m "${RIG_MEMORY:-$memory}" \
         -nodefaults -no-user-config -display none -no-reboot \
         -kernel "$RIG"/kernel/boot/vmlinuz-* -initrd "$RIG/l1.initrd" \
         -append "console=ttyS0 loglevel=4 panic=-1 no_timer_check nowatchdog rig.root=$ROOT" \
-        -serial "file:$RIG/l1.log" -device virtio-serial-pci "$@" -device virtio-rng-pci \
+        -serial "file:$RIG/l1.log" -chardev "pipe,id=monitor,path=$control/monitor" -mon chardev=monitor -device virtio-serial-pci "$@" -device virtio-rng-pci \
         -virtfs local,path=/,mount_tag=root,security_model=none,readonly=on,multidevs=remap \
         -virtfs "local,path=$RIG/out,mount_tag=out,security_model=none,multidevs=remap" \
         -drive "if=none,id=data,file=$RIG/data.raw,format=raw,cache=unsafe,discard=unmap" -device virtio-blk-pci,drive=data \
         -netdev user,id=net -device virtio-net-pci,netdev=net <&0 &
     pid=$!
     trap 'kill "$pid" 2>/dev/null; wait "$pid"; exit 130' INT TERM HUP
+    watch_rig "$pid" &
+    watcher=$!
     wait "$pid" || code=$?
+    kill "$watcher" 2>/dev/null
+    wait "$watcher" || true
     trap - INT TERM HUP
     return "$code"
+}
+
+# Kills a machine that stands still, with its processors' state at the end of its log.
+watch_rig() {
+    local pid=$1 control=$RIG/out/.control never beat
+    exec {never}<> <(:)
+    [[ -z ${out:-} ]] || exec {out}>&-
+    while ! read -rt 5 -u "$never" && kill -0 "$pid" 2>/dev/null; do
+        beat=$(stat -c %Y "$control/beat" 2>/dev/null) || continue
+        (($(date +%s) - beat > RIG_STILL)) || continue
+        say "the rig stands still: no sign of life for $RIG_STILL s; hint: its state is in $RIG/l1.log"
+        echo "info registers -a" >"$control/monitor.in"
+        timeout 5 cat "$control/monitor.out" >>"$RIG/l1.log"
+        pkill -KILL -P "$pid"
+        return
+    done
 }

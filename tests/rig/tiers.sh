@@ -29,6 +29,7 @@ tier_fleeting() {
     cargo build --features test-vmm && cp "$BIN" "$fake" && cargo build || return
     FLEETINGD_PLUGIN=$fake FLEETINGD_VMS=fake "$test" -test.v || return
     [[ $(rig_kind) == nested ]] || data=$RIG/data
+    mkdir -p "$RIG/out"
     cat >"$RIG/out/fleeting.json" <<END
 {"vm_image": "$RIG/images/standin.qcow2", "vm_disk_directory": "$data", "vm_disk_size_gb": 4,
  "vm_memory_mb": 1024, "vm_num_cpu_cores": 1, "boot_timeout": "15m"}

@@ -1,8 +1,7 @@
 //! What a disk's bytes are kept in, and the storage work that is done on the block thread itself.
 //!
-//! Plain reads and writes of guest memory are planned here and carried out by the engine; what
-//! needs several steps in order (copy-up, zeroing) happens here, one after the other. The caller
-//! sees to it that nothing overlapping is in flight meanwhile.
+//! Reads are planned here and carried out by the engine; writes and zeroing happen here, one after
+//! the other.
 
 use std::fs::File;
 use std::io;
@@ -43,17 +42,6 @@ pub struct Piece {
     pub len: u64,
 }
 
-/// How a write can be done.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum WritePlan {
-    /// One vectored write of the whole range to this file, then [`Disk::wrote`].
-    InPlace(RawFd),
-    /// [`Disk::write_stepwise`].
-    Stepwise,
-    /// Not at all.
-    Refused,
-}
-
 impl Disk {
     /// Its size: whole sectors.
     pub fn bytes(&self) -> io::Result<u64> {
@@ -80,30 +68,12 @@ impl Disk {
         }
     }
 
-    pub fn plan_write(&self, offset: u64, len: u64) -> WritePlan {
-        match self {
-            Self::Direct(file) => WritePlan::InPlace(file.as_raw_fd()),
-            Self::ReadOnly(_) => WritePlan::Refused,
-            Self::Overlay(overlay) if overlay.fits_in_place(offset, len) => {
-                WritePlan::InPlace(overlay.delta().as_raw_fd())
-            }
-            Self::Overlay(_) => WritePlan::Stepwise,
-        }
-    }
-
-    /// A write in place has landed, all of it.
-    pub fn wrote(&mut self, offset: u64, len: u64) {
-        if let Self::Overlay(overlay) = self {
-            overlay.wrote(offset, len);
-        }
-    }
-
-    /// Writes step by step, with copies of what is written in part. Blocks for storage.
-    pub fn write_stepwise(&mut self, source: &GuestBytes<'_>, offset: u64) -> io::Result<()> {
+    /// Writes, with copies of what is written in part. Blocks for storage.
+    pub fn write(&mut self, source: &GuestBytes<'_>, offset: u64) -> io::Result<()> {
         match self {
             Self::Direct(file) => source.write(file, 0, offset, source.bytes()),
             Self::ReadOnly(_) => Err(io::ErrorKind::ReadOnlyFilesystem.into()),
-            Self::Overlay(overlay) => overlay.write_stepwise(source, offset),
+            Self::Overlay(overlay) => overlay.write(source, offset),
         }
     }
 

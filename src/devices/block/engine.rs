@@ -1,5 +1,5 @@
-//! How reads, writes and flushes of a disk reach the kernel: io_uring, or plain calls where the
-//! host forbids it.
+//! How reads and flushes of a disk reach the kernel: io_uring, or plain calls where the host
+//! forbids it.
 //!
 //! One engine belongs to one activated disk and lives on its thread. The plain calls complete
 //! before they return; the ring's completions are collected by [`Engine::next`].
@@ -25,10 +25,9 @@ pub enum EngineChoice {
 /// One thing for the kernel to do.
 #[derive(Debug)]
 pub enum Op<'a> {
-    /// Moves bytes between a file and guest memory. The entries, and the memory they name, stay
-    /// as they are until the operation has completed.
-    Transfer {
-        direction: Direction,
+    /// Moves bytes from a file to guest memory. The entries, and the memory they name, stay as
+    /// they are until the operation has completed.
+    Read {
         fd: RawFd,
         vecs: &'a mut [libc::iovec],
         offset: u64,
@@ -109,12 +108,7 @@ impl Engine {
 
 fn perform(op: Op<'_>) -> io::Result<()> {
     match op {
-        Op::Transfer {
-            direction,
-            fd,
-            vecs,
-            offset,
-        } => vectored::transfer(direction, fd, vecs, offset),
+        Op::Read { fd, vecs, offset } => vectored::transfer(Direction::Read, fd, vecs, offset),
         Op::Sync { fd } => Ok(rustix::fs::fdatasync(fd)?),
     }
 }

@@ -1,11 +1,15 @@
-//! How each kind of request is carried out: by the engine, concurrently, or step by step on this
-//! thread, after the writes in flight that share a granule with it.
+//! How each kind of request is carried out: reads and flushes by the engine, concurrently, the
+//! rest on this thread.
+//!
+//! Writes end in the host's page cache. A copy there is cheaper than a hand-over to one of
+//! io_uring's workers, which is where file systems send buffered writes; and as each write is done
+//! before the next request is looked at, no copy-up can undo one.
 
 use std::io;
 use std::ops::Range;
 use std::os::fd::AsFd;
 
-use super::disk::{GuestBytes, Piece, WritePlan};
+use super::disk::{GuestBytes, Piece};
 use super::drive::Drive;
 use super::engine::Op;
 use super::request::{Action, ByteRange, Request, Status};
@@ -30,7 +34,6 @@ impl Running {
             Action::Write(range) => self.write(drive, *range, request),
             Action::Flush => self.flush(drive, request),
             Action::Zero { ranges, unmap } => {
-                self.wait_for_writes(drive, ranges)?;
                 let mut result = Ok(());
                 for range in ranges.iter().filter(|range| range.len > 0) {
                     result = result.and_then(|()| drive.disk.zero(range.offset, range.len, *unmap));
@@ -104,7 +107,6 @@ impl Running {
             let segments = cut.as_deref().unwrap_or(&request.data);
             let vecs = self.add_vecs(request.head, segments)?;
             parts.push(Part {
-                direction: Direction::Read,
                 fd,
                 offset: piece.offset,
                 bytes: piece.len,
@@ -120,26 +122,11 @@ impl Running {
         range: ByteRange,
         request: Request,
     ) -> Result<(), Fault> {
-        let plan = drive.disk.plan_write(range.offset, range.len);
-        if let (WritePlan::InPlace(fd), false) = (plan, self.write_through) {
-            let mut parts = self.fresh_parts(request.head);
-            let vecs = self.add_vecs(request.head, &request.data)?;
-            parts.push(Part {
-                direction: Direction::Write,
-                fd,
-                offset: range.offset,
-                bytes: range.len,
-                vecs,
-            });
-            return self.start_parts(drive, request, parts);
-        }
-        // A copy-up must not undo a write to the same granule that is in flight.
-        self.wait_for_writes(drive, &[range])?;
         let source = GuestBytes {
             memory: &self.memory,
             segments: &request.data,
         };
-        let mut result = drive.disk.write_stepwise(&source, range.offset);
+        let mut result = drive.disk.write(&source, range.offset);
         if self.write_through {
             result = result.and_then(|()| drive.sync());
         }
@@ -219,8 +206,7 @@ impl Running {
             let Some(part) = slot.parts.get(index).cloned() else {
                 break;
             };
-            let op = Op::Transfer {
-                direction: part.direction,
+            let op = Op::Read {
                 fd: part.fd,
                 vecs: slot.vecs.part(part.vecs),
                 offset: part.offset,
@@ -233,18 +219,6 @@ impl Running {
                 Some(result) => self.operation_done(drive, head, result)?,
                 None => self.operations += 1,
             }
-        }
-        Ok(())
-    }
-
-    /// Completes all that is in flight if a write of it shares a granule with `ranges`.
-    fn wait_for_writes(&mut self, drive: &mut Drive, ranges: &[ByteRange]) -> Result<(), Fault> {
-        if !self.slots.write_touches(ranges) {
-            return Ok(());
-        }
-        while self.operations > 0 {
-            self.engine.submit(1).map_err(submit_fault)?;
-            self.reap(drive)?;
         }
         Ok(())
     }

@@ -133,9 +133,20 @@ impl Overlay {
         }
     }
 
+    pub(super) fn write(&mut self, source: &GuestBytes<'_>, offset: u64) -> io::Result<()> {
+        let len = source.bytes();
+        if self.fits_in_place(offset, len) {
+            source.write(&self.delta, 0, offset, len)?;
+            let whole = self.whole_granules(offset, offset + len);
+            self.map.set(whole, Place::Delta);
+            return Ok(());
+        }
+        self.write_by_granules(source, offset)
+    }
+
     /// Whether a write can go to the delta as it is: its first and last granule are covered
     /// whole or are in the delta already.
-    pub(super) fn fits_in_place(&self, offset: u64, len: u64) -> bool {
+    fn fits_in_place(&self, offset: u64, len: u64) -> bool {
         let end = offset + len;
         let (first, last) = (offset / GRANULE, end.saturating_sub(1) / GRANULE);
         let whole = |granule| offset <= granule * GRANULE && end >= self.granule_end(granule);
@@ -144,17 +155,8 @@ impl Overlay {
             .all(|granule| whole(granule) || self.map.place(granule) == Place::Delta)
     }
 
-    /// Bytes written in place have landed.
-    pub(super) fn wrote(&mut self, offset: u64, len: u64) {
-        let whole = self.whole_granules(offset, offset + len);
-        self.map.set(whole, Place::Delta);
-    }
-
-    pub(super) fn write_stepwise(
-        &mut self,
-        source: &GuestBytes<'_>,
-        offset: u64,
-    ) -> io::Result<()> {
+    /// The parts of granules at both ends by themselves, each copied up where it must be.
+    fn write_by_granules(&mut self, source: &GuestBytes<'_>, offset: u64) -> io::Result<()> {
         let end = offset + source.bytes();
         let mut at = offset;
         while at < end {

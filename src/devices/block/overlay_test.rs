@@ -5,7 +5,7 @@
     reason = "the numbers of a test are small"
 )]
 
-use std::io::{Read, Write};
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -314,37 +314,4 @@ fn a_base_that_was_truncated_is_an_io_error_until_it_is_back() {
         std::os::unix::fs::FileExt::write_all_at(&*base, &[5; 64 << 10], 0).unwrap();
         assert_eq!(guest.read(0, 64 << 10).unwrap(), [5; 64 << 10]);
     }
-}
-
-/// The whole granule goes to a pipe that is full, in place of the delta, so that it stays in
-/// flight; a copy-up from the base in the meantime would undo it later.
-#[test]
-fn a_write_of_a_part_waits_for_the_whole_one_in_flight() {
-    let disk = overlay(&[7; 64 << 10], None);
-    let keep = disk.delta().try_clone().unwrap();
-    let memory = ram();
-    let mut guest = Guest::new(&memory, block(Disk::Overlay(disk), EngineChoice::Ring));
-    let (mut reader, mut writer) = io::pipe().unwrap();
-    // As much as a pipe holds.
-    writer.write_all(&[0; 64 << 10]).unwrap();
-    let Disk::Overlay(overlay) = &guest.device.drive.disk else {
-        panic!("not an overlay")
-    };
-    swap(overlay.delta(), &writer);
-    guest.request(1, 8, Some(Buffer::Out(vec![1; 4096])));
-    guest.kick.write(1).unwrap();
-    guest.turn(true).unwrap();
-    assert_eq!(guest.answers(), []);
-    let Disk::Overlay(overlay) = &guest.device.drive.disk else {
-        panic!("not an overlay")
-    };
-    swap(overlay.delta(), &keep);
-    let drain = std::thread::spawn(move || reader.read_exact(&mut [0; (64 << 10) + 4096]));
-    guest.request(1, 9, Some(Buffer::Out(vec![2; 512])));
-    assert_eq!(guest.run(2).unwrap().len(), 2);
-    drain.join().unwrap().unwrap();
-    // What went to the pipe reads as a hole of the delta, not as the base.
-    let expected = [[0; 512].as_slice(), &[2; 512], &[0; 3072]].concat();
-    assert!(guest.read(8, 4096).unwrap() == expected);
-    assert_eq!(guest.read(16, 512).unwrap(), [7; 512]);
 }

@@ -12,7 +12,6 @@ use virtio_bindings::virtio_blk::{
 use vm_memory::GuestAddress;
 
 use super::disk::SECTOR;
-use super::map::GRANULE;
 use crate::devices::GuestMemory;
 use crate::devices::fault::GuestFault;
 use crate::devices::queue::{Chain, Segment, read_segments, total};
@@ -56,19 +55,6 @@ impl Status {
 pub struct ByteRange {
     pub offset: u64,
     pub len: u64,
-}
-
-impl ByteRange {
-    /// Whether a granule belongs to both. Neither is empty.
-    pub fn shares_granule(self, other: Self) -> bool {
-        let granules = |range: Self| {
-            let last = (range.offset + range.len).saturating_sub(1) / GRANULE;
-            (range.offset / GRANULE, last)
-        };
-        let (first, last) = granules(self);
-        let (other_first, other_last) = granules(other);
-        first <= other_last && other_first <= last
-    }
 }
 
 /// What the driver wants done.

@@ -15,7 +15,6 @@ use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::engine::{Completion, Op};
-use super::vectored::Direction;
 
 /// Entries to fill before the kernel is called.
 const SUBMISSIONS: u32 = 256;
@@ -64,23 +63,12 @@ impl Ring {
     /// Adds an operation; the kernel learns of it by [`Self::enter`], at the latest.
     pub fn queue(&mut self, token: u64, op: Op<'_>) -> io::Result<()> {
         let entry = match op {
-            Op::Transfer {
-                direction,
-                fd,
-                vecs,
-                offset,
-            } => {
-                let fd = types::Fd(fd);
+            Op::Read { fd, vecs, offset } => {
                 let count =
                     u32::try_from(vecs.len()).map_err(|_many| io::ErrorKind::InvalidInput)?;
-                match direction {
-                    Direction::Read => opcode::Readv::new(fd, vecs.as_ptr(), count)
-                        .offset(offset)
-                        .build(),
-                    Direction::Write => opcode::Writev::new(fd, vecs.as_ptr(), count)
-                        .offset(offset)
-                        .build(),
-                }
+                opcode::Readv::new(types::Fd(fd), vecs.as_ptr(), count)
+                    .offset(offset)
+                    .build()
             }
             Op::Sync { fd } => opcode::Fsync::new(types::Fd(fd.as_raw_fd()))
                 .flags(types::FsyncFlags::DATASYNC)

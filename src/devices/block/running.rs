@@ -1,13 +1,12 @@
 //! An activated disk: requests taken from its queue, in flight, and answered.
 //!
-//! Reads, writes and flushes run concurrently in the engine. What takes several steps (a write
-//! that covers granules in part, zeroing) is done on this thread, after everything that overlaps
-//! it has completed. Each head owns a slot, so that a head that comes twice is seen and nothing is
-//! allocated per request beyond its chain.
+//! Reads and flushes run concurrently in the engine; writes and zeroing are done on this thread.
+//! Each head owns a slot, so that a head that comes twice is seen and nothing is allocated per
+//! request beyond its chain.
 //!
 //! ```text
 //!  kick ─> take ─> parse ─┬─> engine ──completion──┐
-//!                         └─> done on the thread ──┴─> map, status, used ring ─> one interrupt
+//!                         └─> done on the thread ──┴─> status, used ring ─> one interrupt
 //! ```
 
 use std::io;
@@ -21,7 +20,7 @@ use super::drive::Drive;
 use super::engine::{Completion, Engine};
 use super::request::{Action, Limits, Request, Status};
 use super::slots::{Part, Slots, from_token};
-use super::vectored;
+use super::vectored::{self, Direction};
 use crate::devices::fault::{Fault, GuestFault, HostFault};
 use crate::devices::{GuestMemory, RunningQueue};
 
@@ -186,7 +185,7 @@ impl Running {
         let moved = usize::try_from(bytes).unwrap_or(0);
         let rest = vectored::advance(self.slots.get(head).vecs.part(part.vecs.clone()), moved);
         vectored::transfer(
-            part.direction,
+            Direction::Read,
             part.fd,
             rest,
             part.offset + u64::from(bytes),
@@ -211,11 +210,8 @@ impl Running {
         let Some(request) = slot.request.take() else {
             return Ok(());
         };
-        match (&request.action, &result) {
-            // Only what has landed is in the map.
-            (Action::Write(range), Ok(())) => drive.disk.wrote(range.offset, range.len),
-            (Action::Flush, Err(_)) => drive.sync_failed = true,
-            _ => {}
+        if let (Action::Flush, Err(_)) = (&request.action, &result) {
+            drive.sync_failed = true;
         }
         self.finish(drive, &request, result)
     }

@@ -7,8 +7,8 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::RawFd;
 
-use super::request::{Action, ByteRange, Request};
-use super::vectored::{Direction, IoVecs};
+use super::request::Request;
+use super::vectored::IoVecs;
 
 /// One head's request while it is in flight.
 #[derive(Debug, Default)]
@@ -22,10 +22,9 @@ pub struct Slot {
     pub error: Option<io::Error>,
 }
 
-/// One operation of a read or write.
+/// One operation of a read.
 #[derive(Debug, Clone)]
 pub struct Part {
-    pub direction: Direction,
     pub fd: RawFd,
     pub offset: u64,
     pub bytes: u64,
@@ -54,17 +53,6 @@ impl Slots {
             Some(slot) => slot,
             None => &mut self.spare,
         }
-    }
-
-    /// Whether a write in flight shares a granule with any of `ranges`.
-    pub fn write_touches(&self, ranges: &[ByteRange]) -> bool {
-        self.slots.iter().any(|slot| match &slot.request {
-            Some(Request {
-                action: Action::Write(range),
-                ..
-            }) => ranges.iter().any(|other| range.shares_granule(*other)),
-            _ => false,
-        })
     }
 }
 

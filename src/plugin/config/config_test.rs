@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use serde_json::json;
 
 use super::*;
-use crate::image::{ImageName, PrebuildOnError};
+use crate::image::{ImageName, PrebuildOnError, UbuntuRelease, Vendor};
 use crate::pool::FixedCredential;
 use crate::pool::keys::{KeyPair, SshKeyType};
 
@@ -41,7 +41,14 @@ fn connect(connector: ConnectorConfig) -> Result<Config, Problems> {
 }
 
 #[test]
-fn an_image_is_all_that_must_be_given() {
+fn nothing_must_be_given() {
+    let pool = check(&json!({})).unwrap().pool;
+    let newest = ImageName::Vendor(Vendor::Ubuntu(UbuntuRelease::LatestLts));
+    assert_eq!(pool.image, newest.into());
+}
+
+#[test]
+fn what_is_not_given_has_a_default() {
     let Config {
         pool,
         connector,
@@ -100,6 +107,44 @@ fn the_predecessors_eight_keys_mean_what_they_meant() {
 /// For each key what it takes and what it does not.
 fn ranges() -> Vec<(&'static str, Vec<Value>, Vec<Value>)> {
     vec![
+        (
+            "vm_image",
+            vec![
+                json!("ubuntu"),
+                json!("ubuntu:24.04"),
+                json!("ubuntu:noble"),
+                json!("debian:13"),
+                json!(IMAGE),
+            ],
+            vec![
+                json!("debian"),
+                json!("fedora:41"),
+                json!("image.qcow2"),
+                json!("http://example.org/image.qcow2"),
+                json!("/no/such/file"),
+                json!("/proc"),
+            ],
+        ),
+        (
+            "vm_image_sha256",
+            vec![],
+            vec![json!("abc"), json!("a".repeat(63)), json!(1)],
+        ),
+        (
+            "vm_image_keyring",
+            vec![json!(IMAGE)],
+            vec![json!("keys.gpg"), json!("/no/such/file")],
+        ),
+        (
+            "image_mirror",
+            vec![json!("https://example.org/ubuntu")],
+            vec![json!("http://example.org/"), json!("/srv/mirror")],
+        ),
+        (
+            "image_directory",
+            vec![json!("/srv/images")],
+            vec![json!("images")],
+        ),
         (
             "vm_num_cpu_cores",
             vec![json!(1), json!(64)],
@@ -177,11 +222,6 @@ fn ranges() -> Vec<(&'static str, Vec<Value>, Vec<Value>)> {
             "vm_disk_directory",
             vec![json!("/srv/x")],
             vec![json!("srv"), json!(""), json!("/a\0b")],
-        ),
-        (
-            "vm_image",
-            vec![json!(IMAGE)],
-            vec![json!("image.qcow2"), json!("/no/such/file"), json!("/proc")],
         ),
         (
             "vm_runner_binary",
@@ -283,6 +323,42 @@ fn every_key_is_in_that_list_and_every_default_fits_its_kind() {
 }
 
 #[test]
+fn an_image_by_url_and_its_checksum_go_together() {
+    let sum = "AB".repeat(32);
+    let url = "https://example.org/image.qcow2";
+    let pool = check(&json!({ "vm_image": url, "vm_image_sha256": sum }))
+        .unwrap()
+        .pool;
+    assert_eq!(pool.image.image.to_string(), url);
+    assert_eq!(pool.image.sha256.unwrap().as_str(), sum.to_lowercase());
+
+    let error = check(&json!({ "vm_image": url })).unwrap_err().to_string();
+    assert!(error.contains("vm_image_sha256 is missing"), "{error}");
+    let error = check(&json!({ "vm_image_sha256": sum })).unwrap_err();
+    assert!(error.to_string().contains("goes with a URL"), "{error}");
+}
+
+#[test]
+fn images_have_a_folder_of_their_own_if_wanted() {
+    let pool = check(&json!({
+        "vm_disk_directory": "/dev/shm/vms",
+        "image_directory": "/srv/images",
+        "image_mirror": "https://mirror.example/ubuntu",
+        "vm_image_keyring": IMAGE,
+    }))
+    .unwrap()
+    .pool;
+    assert_eq!(pool.disk_directory, PathBuf::from("/dev/shm/vms"));
+    assert_eq!(pool.image_directory, PathBuf::from("/srv/images"));
+    let mirror = pool.image.mirror.unwrap();
+    assert_eq!(mirror.as_str(), "https://mirror.example/ubuntu/");
+    assert_eq!(pool.image.keyring, Some(PathBuf::from(IMAGE)));
+
+    let pool = with("vm_disk_directory", json!("/srv/vms")).unwrap().pool;
+    assert_eq!(pool.image_directory, PathBuf::from("/srv/vms"));
+}
+
+#[test]
 fn values_arrive_where_they_belong() {
     let pool = check(&json!({
         "vm_image": IMAGE,
@@ -321,12 +397,11 @@ fn all_problems_come_at_once_each_on_its_line() {
     let config = json!({ "vm_memry_mb": 1, "vm_num_cpu_cores": 99, "vm_subnet": "x" });
     let problems = source(&config, connector).check(&host()).unwrap_err();
     let text = problems.to_string();
-    assert_eq!(problems.lines().len(), 6, "{text}");
+    assert_eq!(problems.lines().len(), 5, "{text}");
     for part in [
         "unknown key \"vm_memry_mb\"; hint: the nearest known one is vm_memory_mb",
         "vm_num_cpu_cores = 99: expected an integer from 1 to 64",
         "vm_subnet = \"x\": expected `a.b.c.` or a CIDR network",
-        "vm_image is missing",
         "connector_config.username = \"Bad Name\"",
         "connector_config.protocol = \"winrm\": expected \"ssh\"",
     ] {

@@ -5,8 +5,8 @@ use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::kind::Kind;
-use crate::image::PrebuildOnError;
+use super::kind::{Kind, existing};
+use crate::image::{Checksum, ImageName, PrebuildOnError, Url, mirror};
 use crate::net::{AllowHost, AllowPrivate, Subnet};
 use crate::pool::keys::SshKeyType;
 use crate::pool::{ImagePolicy, OnChange, VmmKind};
@@ -28,15 +28,17 @@ pub(super) enum Default {
     Is(&'static str),
     /// Found out later; the words are for the reference.
     Found(&'static str),
-    /// The key may not be absent.
-    Required,
 }
 
 /// The values of all keys. Empty until the table's defaults and then the operator's values have
 /// been applied.
 #[derive(Debug, Clone, PartialEq, std::default::Default)]
 pub(super) struct Draft {
-    pub(super) image: Option<PathBuf>,
+    pub(super) image: Option<ImageName>,
+    pub(super) image_sha256: Option<Checksum>,
+    pub(super) image_mirror: Option<Url>,
+    pub(super) image_keyring: Option<PathBuf>,
+    pub(super) image_directory: Option<PathBuf>,
     pub(super) disk_directory: PathBuf,
     pub(super) disk_gib: u32,
     pub(super) vcpus: u32,
@@ -65,10 +67,60 @@ pub(super) struct Draft {
 pub(super) const KEYS: &[Key] = &[
     Key {
         name: "vm_image",
-        kind: Kind::File(|draft, path| draft.image = Some(path)),
-        default: Default::Required,
+        kind: Kind::Text(
+            "`ubuntu`, `ubuntu:24.04`, `ubuntu:noble`, `debian:13`, an https URL, or the absolute path of a file",
+            |draft, text| {
+                let image: ImageName = text.parse()?;
+                if let ImageName::Path(path) = &image {
+                    existing(path)?;
+                }
+                draft.image = Some(image);
+                Ok(())
+            },
+        ),
+        default: Default::Is(r#""ubuntu""#),
         rebuilds: true,
-        meaning: "The vendor's cloud image: a local qcow2 or raw file. Its content counts, not its name.",
+        meaning: "The vendor's cloud image. `ubuntu` is the newest supported LTS release; a release by version or codename stays that release. Ubuntu's images are verified by its OpenPGP signature, Debian's by checksums over HTTPS alone, for it signs none. A file is qcow2 or raw. The content counts, not the name.",
+    },
+    Key {
+        name: "vm_image_sha256",
+        kind: Kind::Text("64 hexadecimal digits", |draft, text| {
+            let sum: Checksum = text.parse().map_err(|_bad| String::new())?;
+            if !sum.is_sha256() {
+                return Err(String::new());
+            }
+            draft.image_sha256 = Some(sum);
+            Ok(())
+        }),
+        default: Default::Found("none: needed where `vm_image` is a URL, and only there"),
+        rebuilds: false,
+        meaning: "The SHA-256 of the image at that URL.",
+    },
+    Key {
+        name: "vm_image_keyring",
+        kind: Kind::File(|draft, path| draft.image_keyring = Some(path)),
+        default: Default::Found("Ubuntu's key, which is always trusted"),
+        rebuilds: false,
+        meaning: "A file of OpenPGP public keys, armored or not, that may sign images beside the vendor's.",
+    },
+    Key {
+        name: "image_mirror",
+        kind: Kind::Text("the https URL of a folder", |draft, text| {
+            draft.image_mirror = Some(mirror(text)?);
+            Ok(())
+        }),
+        default: Default::Found(
+            "`https://cloud-images.ubuntu.com/` or `https://cloud.debian.org/images/cloud/`",
+        ),
+        rebuilds: false,
+        meaning: "Stands for the vendor's own base URL. Signatures are checked just the same.",
+    },
+    Key {
+        name: "image_directory",
+        kind: Kind::Path(|draft, path| draft.image_directory = Some(path)),
+        default: Default::Found("that of `vm_disk_directory`"),
+        rebuilds: false,
+        meaning: "Where downloaded and built images lie. They stay on disk there even if `vm_disk_directory` is a tmpfs.",
     },
     Key {
         name: "vm_num_cpu_cores",
@@ -96,7 +148,7 @@ pub(super) const KEYS: &[Key] = &[
         kind: Kind::Path(|draft, path| draft.disk_directory = path),
         default: Default::Is(r#""/var/lib/fleetingd""#),
         rebuilds: false,
-        meaning: "Where images, consoles and the machines' disks lie; several pools may share it.",
+        meaning: "Where consoles and the machines' disks lie, and images unless `image_directory` says otherwise; several pools may share it.",
     },
     Key {
         name: "vm_subnet",

@@ -118,7 +118,7 @@ fn absolute(value: &Value) -> Option<PathBuf> {
     path.is_absolute().then(|| path.to_owned())
 }
 
-fn existing(path: &Path) -> Result<(), String> {
+pub(super) fn existing(path: &Path) -> Result<(), String> {
     match path.metadata() {
         Ok(found) if found.is_file() => Ok(()),
         Ok(_other) => Err("that is not a file".to_owned()),

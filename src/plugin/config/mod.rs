@@ -17,7 +17,7 @@ use std::path::Path;
 use serde_json::Value;
 
 use super::generated::fleeting::ConnectorConfig;
-use crate::image::{ImageName, RunnerSource};
+use crate::image::{ImageName, ImageSource, RunnerSource};
 use crate::net::NetSpec;
 use crate::pool::{PoolSpec, Shape};
 use keys::{Default, Draft, KEYS, Key};
@@ -142,16 +142,6 @@ impl Source {
                 }
             }
         }
-        problems.extend(
-            KEYS.iter()
-                .filter(|key| matches!(key.default, Default::Required) && !self.sets(key.name))
-                .map(|key| {
-                    format!(
-                        "{} is missing: expected {}; hint: it stands under [runners.autoscaler.plugin_config]",
-                        key.name, key.kind
-                    )
-                }),
-        );
         let most = host.cpus.saturating_mul(VCPUS_PER_CPU);
         if usize::try_from(draft.vcpus).is_ok_and(|vcpus| vcpus > most) {
             let text = format!(
@@ -159,6 +149,9 @@ impl Source {
                 draft.vcpus, host.cpus
             );
             problems.push(self.at("vm_num_cpu_cores", &text));
+        }
+        if let Some(text) = checksum_out_of_place(&draft) {
+            problems.push(self.at("vm_image_sha256", text));
         }
         let connector = Connector::check(&self.connector);
         match (connector, problems.is_empty()) {
@@ -197,6 +190,18 @@ fn defaults() -> Draft {
     draft
 }
 
+/// A checksum belongs to an image by URL, and the other way round.
+fn checksum_out_of_place(draft: &Draft) -> Option<&'static str> {
+    let by_url = matches!(draft.image, Some(ImageName::Url(_)));
+    match (by_url, &draft.image_sha256) {
+        (true, None) => {
+            Some("vm_image_sha256 is missing: an image by URL needs it; hint: sha256sum prints it")
+        }
+        (false, Some(_)) => Some("vm_image_sha256 goes with a URL as vm_image only"),
+        _ => None,
+    }
+}
+
 fn assemble(draft: Draft, connector: Connector, host: &Host) -> Option<Config> {
     let warnings = draft
         .disk_directory
@@ -218,12 +223,20 @@ fn assemble(draft: Draft, connector: Connector, host: &Host) -> Option<Config> {
             allow_host: draft.allow_host,
         },
         group: draft.group,
-        disk_directory: draft.disk_directory,
         shape: Shape {
             vcpus: u8::try_from(draft.vcpus).ok()?,
             memory_mib: draft.memory_mib,
         },
-        image: ImageName::Path(draft.image?).into(),
+        image: ImageSource {
+            image: draft.image?,
+            sha256: draft.image_sha256,
+            mirror: draft.image_mirror,
+            keyring: draft.image_keyring,
+        },
+        image_directory: draft
+            .image_directory
+            .unwrap_or_else(|| draft.disk_directory.clone()),
+        disk_directory: draft.disk_directory,
         disk_gib: draft.disk_gib,
         extra_commands: draft.extra_commands,
         on_command_error: draft.on_command_error,

@@ -13,7 +13,6 @@ pub fn reference_markdown() -> String {
         let default = match key.default {
             Default::Is(json) => format!("`{json}`"),
             Default::Found(words) => words.to_owned(),
-            Default::Required => "none: required".to_owned(),
         };
         let rebuilds = if key.rebuilds { "yes" } else { "no" };
         let _infallible = writeln!(
