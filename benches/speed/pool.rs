@@ -4,10 +4,10 @@
 use std::time::{Duration, Instant};
 
 use criterion::{BatchSize, Criterion};
-use fleetingd::image::{PrebuildOnError, RunnerSource};
+use fleetingd::image::{ImageName, PrebuildOnError, RunnerSource};
 use fleetingd::net::{NetSpec, Subnet};
 use fleetingd::pool::keys::SshKeyType;
-use fleetingd::pool::{InstanceState, Login, Pool, PoolSpec, Shape, VmmKind};
+use fleetingd::pool::{ImagePolicy, InstanceState, Login, Pool, PoolSpec, Shape, VmmKind};
 use tokio::runtime::Runtime;
 
 const INSTANCES: u32 = 1000;
@@ -72,11 +72,12 @@ fn spec() -> PoolSpec {
         },
         group: Some("bench".to_owned()),
         disk_directory: "/nowhere".into(),
+        image_directory: "/nowhere".into(),
         shape: Shape {
             vcpus: 1,
             memory_mib: 256,
         },
-        image: "/nowhere/image".into(),
+        image: ImageName::Path("/nowhere/image".into()).into(),
         disk_gib: 2,
         extra_commands: Vec::new(),
         on_command_error: PrebuildOnError::Fail,
@@ -93,6 +94,9 @@ fn spec() -> PoolSpec {
         vmm: VmmKind::Fake {
             boot: Duration::ZERO,
         },
+        image_policy: ImagePolicy::default(),
+        metrics_file: None,
+        run_directory: None,
     }
 }
 

@@ -57,7 +57,7 @@ impl AgentLink {
     pub async fn hello(&mut self) -> Result<(), AgentError> {
         const WAIT: &str = "hello";
         match self.receive(WAIT).await? {
-            ToHost::Hello { protocol: PROTOCOL } => Ok(()),
+            ToHost::Hello { protocol } if proto::speaks(protocol) => Ok(()),
             ToHost::Hello { protocol } => Err(AgentError::Protocol { guest: protocol }),
             other => Err(unexpected(other, WAIT)),
         }

@@ -21,4 +21,4 @@ pub mod host;
 pub mod proto;
 
 pub use host::{AgentError, AgentLink};
-pub use proto::{Identity, PROTOCOL, Ready};
+pub use proto::{Identity, PROTOCOL, Ready, speaks};

@@ -12,6 +12,11 @@ use serde::{Deserialize, Serialize};
 /// inside an image must speak the number of the program outside.
 pub const PROTOCOL: u32 = 1;
 
+/// Whether this program can talk to an agent of that protocol, in an image of another version.
+pub fn speaks(protocol: u32) -> bool {
+    protocol == PROTOCOL
+}
+
 /// Longest message either side accepts, in bytes.
 pub const MAX_MESSAGE: usize = 64 << 10;
 

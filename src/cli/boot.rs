@@ -4,7 +4,7 @@
 //! here decides anything about machines.
 #![expect(clippy::print_stderr, reason = "a command says what happened")]
 
-mod terminal;
+pub(super) mod terminal;
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read};

@@ -7,7 +7,12 @@
 
 pub mod boot;
 mod bootstrap;
+mod images;
+mod prebuild;
+mod progress;
 mod serve;
+mod status;
+mod table;
 mod trial;
 mod version;
 
@@ -42,6 +47,9 @@ enum Command {
     },
     /// Run the main job without GitLab: build the image, start machines, use them, end them
     Try(trial::TrialArgs),
+    Prebuild(prebuild::PrebuildArgs),
+    Status(status::StatusArgs),
+    Images(images::ImagesArgs),
     Boot(boot::BootArgs),
     /// Say whether this host's KVM runs stock kernels: exit code 0 if it does
     #[command(hide = true)]
@@ -70,6 +78,9 @@ pub fn run() -> ExitCode {
         Some(Command::Version) => version::run(),
         Some(Command::Bootstrap { repository }) => bootstrap::run(&repository),
         Some(Command::Try(args)) => trial::run(&args),
+        Some(Command::Prebuild(args)) => prebuild::run(&args),
+        Some(Command::Status(args)) => status::run(&args),
+        Some(Command::Images(args)) => images::run(&args),
         Some(Command::Boot(args)) => boot::run(args),
         Some(Command::KvmCheck) => boot::kvm_check(),
         Some(Command::Agent) => agent::guest::run(),

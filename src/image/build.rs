@@ -12,13 +12,13 @@ use rustix::fs::FlockOperation;
 use super::commands::ShellCommand;
 use super::dir::Dir;
 use super::extract::{DiskView, KernelFiles};
-use super::generation::{DISK, INITRD, Manifest, VMLINUX, VMLINUZ};
+use super::generation::{DISK, GuestFacts, INITRD, Manifest, VMLINUX, VMLINUZ};
 use super::inputs::open_image;
 use super::seed::{self, Content};
 use super::store::{BUILD_PREFIX, FileIdentity};
 use super::{
-    BuildInputs, BuildLock, Generation, GenerationKey, ImageError, PrebuildOnError, RunnerSource,
-    SeedNet, Store, convert, outcome, template,
+    BuildInputs, BuildLock, Generation, GenerationKey, ImageError, Lineage, PrebuildOnError,
+    RunnerSource, SeedNet, Store, convert, outcome, template,
 };
 
 const SEED: &str = "seed.img";
@@ -51,6 +51,7 @@ pub struct BuildPlan {
     /// The kernel's `root=`, such as `PARTUUID=...`.
     pub root: String,
     pub key: GenerationKey,
+    lineage: Lineage,
     commands: Vec<ShellCommand>,
     on_command_error: PrebuildOnError,
     workdir: Workdir,
@@ -121,6 +122,7 @@ impl Store {
             initrd: boot.initrd.is_some().then(|| dir.at(INITRD)),
             root: view.root_argument().to_owned(),
             key,
+            lineage: inputs.lineage(),
             commands: inputs.commands(),
             on_command_error: inputs.on_command_error,
             workdir,
@@ -133,7 +135,7 @@ impl Store {
     pub fn seal(
         &self,
         lock: &BuildLock,
-        mut plan: BuildPlan,
+        plan: BuildPlan,
         unpack: Unpack<'_>,
     ) -> Result<Generation, ImageError> {
         self.check_lock(lock)?;
@@ -144,11 +146,26 @@ impl Store {
         let boot = extract_boot(&view, dir)?;
         unpack_kernel(dir, unpack)?;
         dir.remove(SEED)?;
-        sync_files(dir)?;
-        let root = view.root_argument();
-        Manifest::describe(dir, &plan.key, root, &boot.release, warnings)?.write(dir)?;
+        let guest = GuestFacts {
+            root: view.root_argument().to_owned(),
+            kernel_release: boot.release,
+            warnings,
+        };
+        self.publish(plan.workdir, &plan.key, plan.lineage, guest)
+    }
 
-        let name = plan.key.as_str();
+    /// Writes the manifest and gives a build's folder its name.
+    fn publish(
+        &self,
+        mut workdir: Workdir,
+        key: &GenerationKey,
+        lineage: Lineage,
+        guest: GuestFacts,
+    ) -> Result<Generation, ImageError> {
+        let dir = workdir.dir()?;
+        sync_files(dir)?;
+        Manifest::describe(dir, key, lineage, guest)?.write(dir)?;
+        let name = key.as_str();
         if self.generations.existing(name)?.is_some() {
             // It was not intact, or nobody would have built it again.
             let doomed = self.free_old_name(name)?;
@@ -156,14 +173,35 @@ impl Store {
         }
         // In use rather than being built, as every generation that somebody holds.
         dir.try_lock(FlockOperation::NonBlockingLockShared)?;
-        self.generations.rename(&plan.workdir.name, name)?;
+        self.generations.rename(&workdir.name, name)?;
         // From here on the folder is a generation, whatever else fails.
-        plan.workdir.dir = None;
+        workdir.dir = None;
         self.generations.sync()?;
-        let generation = self.find(&plan.key)?;
+        let generation = self.find(key)?;
         generation.ok_or_else(|| {
             ImageError::file("find", &self.generations.at(name))(io::ErrorKind::NotFound.into())
         })
+    }
+
+    /// A generation of these inputs that nothing can boot from: for pools that boot nothing.
+    #[cfg(any(test, feature = "test-vmm"))]
+    pub fn forge(&self, lock: &BuildLock, inputs: &BuildInputs) -> Result<Generation, ImageError> {
+        use std::io::Write;
+        self.check_lock(lock)?;
+        let key = inputs.key(self)?;
+        let workdir = Workdir::create(self, &key)?;
+        let dir = workdir.dir()?;
+        for name in [DISK, VMLINUZ] {
+            dir.create_new(name)?
+                .write_all(name.as_bytes())
+                .map_err(ImageError::file("write", &dir.at(name)))?;
+        }
+        let guest = GuestFacts {
+            root: "PARTUUID=none".to_owned(),
+            kernel_release: "none".to_owned(),
+            warnings: Vec::new(),
+        };
+        self.publish(workdir, &key, inputs.lineage(), guest)
     }
 }
 

@@ -10,15 +10,19 @@ use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt};
 use std::path::{Component, Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags, flock};
 
-use super::ImageError;
+use super::{ImageError, fault};
 
 const DIR: OFlags = OFlags::DIRECTORY
     .union(OFlags::NOFOLLOW)
     .union(OFlags::CLOEXEC)
     .union(OFlags::RDONLY);
+
+/// Numbers the temporary files of this process: two threads may replace one file.
+static TEMPS: AtomicU64 = AtomicU64::new(0);
 
 /// An open folder and the path it was reached by.
 #[derive(Debug)]
@@ -70,6 +74,7 @@ impl Dir {
 
     /// A folder in this one, made if it is not there.
     pub fn sub(&self, name: &str) -> Result<Self, ImageError> {
+        fault::point();
         match rustix::fs::mkdirat(&self.fd, name, Mode::RWXU) {
             Ok(()) | Err(rustix::io::Errno::EXIST) => {}
             Err(e) => return Err(ImageError::file("create", &self.at(name))(e.into())),
@@ -140,6 +145,7 @@ impl Dir {
 
     fn create(&self, name: &str, more: OFlags) -> Result<File, ImageError> {
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC | more;
+        fault::point();
         rustix::fs::openat(&self.fd, name, flags, Mode::RUSR | Mode::WUSR)
             .map(File::from)
             .map_err(|e| ImageError::file("create", &self.at(name))(e.into()))
@@ -160,23 +166,28 @@ impl Dir {
 
     /// Replaces a small file whole: after a crash it is the old one or the new one.
     pub fn write_atomic(&self, name: &str, bytes: &[u8]) -> Result<(), ImageError> {
-        let temp = format!(".{name}.{}", std::process::id());
+        let number = TEMPS.fetch_add(1, Ordering::Relaxed);
+        let temp = format!(".{name}.{}.{number}", std::process::id());
         let mut file = self.create_truncated(&temp)?;
+        fault::point();
         file.write_all(bytes)
             .and_then(|()| file.sync_all())
             .map_err(ImageError::file("write", &self.at(&temp)))?;
+        fault::point();
         rustix::fs::renameat(&self.fd, &temp, &self.fd, name)
             .map_err(|e| ImageError::file("rename", &self.at(&temp))(e.into()))?;
         self.sync()
     }
 
     pub fn rename(&self, from: &str, to: &str) -> Result<(), ImageError> {
+        fault::point();
         rustix::fs::renameat(&self.fd, from, &self.fd, to)
             .map_err(|e| ImageError::file("rename", &self.at(from))(e.into()))
     }
 
     /// Removes a file; one that is not there is fine.
     pub fn remove(&self, name: &str) -> Result<(), ImageError> {
+        fault::point();
         match rustix::fs::unlinkat(&self.fd, name, AtFlags::empty()) {
             Ok(()) | Err(rustix::io::Errno::NOENT) => Ok(()),
             Err(e) => Err(ImageError::file("remove", &self.at(name))(e.into())),
@@ -185,6 +196,7 @@ impl Dir {
 
     /// Removes a folder and all in it.
     pub fn remove_tree(&self, name: &str) -> Result<(), ImageError> {
+        fault::point();
         match fs::remove_dir_all(self.at(name)) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => {
                 Err(ImageError::file("remove", &self.at(name))(e))
@@ -209,6 +221,7 @@ impl Dir {
 
     /// Makes names in it durable.
     pub fn sync(&self) -> Result<(), ImageError> {
+        fault::point();
         rustix::fs::fsync(&self.fd).map_err(|e| ImageError::file("sync", &self.path)(e.into()))
     }
 

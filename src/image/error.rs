@@ -104,6 +104,14 @@ pub enum ImageError {
         /// Last lines of its output, each ended by a line break.
         output: String,
     },
+    #[error("{name:?} {what}; hint: fleetingd images list")]
+    NoGeneration { name: String, what: &'static str },
+    #[error("{group:?} is no name of a group")]
+    NoGroup { group: String },
+    #[error("group {group} has no image that served before; hint: fleetingd images list")]
+    NothingBefore { group: String },
+    #[error("cannot read {}, nothing is removed; hint: it is damaged or of a newer version, remove it to forget what that group has served", path.display())]
+    Record { path: PathBuf },
     #[error("the build lock was taken for another store")]
     ForeignLock,
 }

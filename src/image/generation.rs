@@ -1,14 +1,16 @@
 //! A sealed generation: its folder, its manifest, and the lock that says it is in use.
 
 use std::fs::File;
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 
 use super::dir::Dir;
-use super::{GenerationKey, ImageError};
+use super::{GenerationKey, ImageError, Lineage};
 
 pub const DISK: &str = "disk.raw";
 pub const VMLINUZ: &str = "vmlinuz";
@@ -18,7 +20,7 @@ pub const MANIFEST: &str = "manifest.json";
 /// There once a worker came up from it.
 const TESTED: &str = "tested";
 /// The version that this program reads and writes.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const MAX_MANIFEST: u64 = 64 << 10;
 
 /// What `manifest.json` says. Written last, so a folder without it is no generation.
@@ -26,6 +28,9 @@ const MAX_MANIFEST: u64 = 64 << 10;
 pub struct Manifest {
     version: u32,
     key: String,
+    lineage: Lineage,
+    /// Seconds since the epoch.
+    sealed_at: u64,
     /// The kernel's `root=`.
     root: String,
     /// The kernel's release, such as 6.1.0-40-cloud-amd64.
@@ -33,6 +38,15 @@ pub struct Manifest {
     files: Vec<ManifestFile>,
     /// What went wrong in the prebuild without failing it.
     warnings: Vec<String>,
+}
+
+/// What a prebuild's disk says of itself.
+#[derive(Debug)]
+pub struct GuestFacts {
+    /// The kernel's `root=`.
+    pub root: String,
+    pub kernel_release: String,
+    pub warnings: Vec<String>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -46,9 +60,8 @@ impl Manifest {
     pub fn describe(
         dir: &Dir,
         key: &GenerationKey,
-        root: &str,
-        kernel_release: &str,
-        warnings: Vec<String>,
+        lineage: Lineage,
+        guest: GuestFacts,
     ) -> Result<Self, ImageError> {
         let mut files = Vec::new();
         for name in [DISK, VMLINUZ, VMLINUX, INITRD] {
@@ -60,10 +73,14 @@ impl Manifest {
         Ok(Self {
             version: VERSION,
             key: key.as_str().to_owned(),
-            root: root.to_owned(),
-            kernel_release: kernel_release.to_owned(),
+            lineage,
+            sealed_at: SystemTime::now()
+                .duration_since(UNIX_EPOCH)
+                .map_or(0, |since| since.as_secs()),
+            root: guest.root,
+            kernel_release: guest.kernel_release,
             files,
-            warnings,
+            warnings: guest.warnings,
         })
     }
 
@@ -121,6 +138,9 @@ pub struct Generation {
     /// The kernel's `root=`, such as `PARTUUID=...`.
     pub root: String,
     pub kernel_release: String,
+    pub lineage: Lineage,
+    /// Seconds since the epoch.
+    pub sealed_at: u64,
     /// Whether a worker has come up from it.
     pub tested: bool,
     /// What went wrong in the prebuild without failing it, for one log line each.
@@ -150,6 +170,8 @@ impl Generation {
             kernel: dir.at(kernel),
             initrd: manifest.has(INITRD).then(|| dir.at(INITRD)),
             tested: dir.open(TESTED)?.is_some(),
+            lineage: manifest.lineage,
+            sealed_at: manifest.sealed_at,
             root: manifest.root,
             kernel_release: manifest.kernel_release,
             warnings: manifest.warnings,
@@ -162,6 +184,21 @@ impl Generation {
         self.held.open(DISK)?.ok_or_else(|| {
             ImageError::file("open", &self.disk)(std::io::ErrorKind::NotFound.into())
         })
+    }
+
+    /// What its files take on storage, in bytes; holes take nothing.
+    pub fn stored_bytes(&self) -> Result<u64, ImageError> {
+        let mut bytes = 0_u64;
+        for name in self.held.names()? {
+            if let Some(file) = self.held.open(&name)? {
+                let meta = file
+                    .metadata()
+                    .map_err(ImageError::file("stat", &self.held.at(&name)))?;
+                // Blocks of 512 bytes, whatever the file system's own.
+                bytes = bytes.saturating_add(meta.blocks().saturating_mul(512));
+            }
+        }
+        Ok(bytes)
     }
 
     pub(super) fn mark_tested(&self) -> Result<(), ImageError> {

@@ -7,11 +7,14 @@ use std::sync::Arc;
 use sha2::{Digest, Sha256};
 
 use super::commands::ShellCommand;
+use super::dir::is_plain_name;
 use super::{ImageError, PrebuildOnError, RunnerSource, Store, template};
 
 /// Everything that goes into a generation.
 #[derive(Debug, Clone)]
 pub struct BuildInputs {
+    /// `vm_image` as the operator wrote it. Not part of the key: its content is.
+    pub setting: String,
     /// A local qcow2 or raw file.
     pub image: PathBuf,
     pub disk_gib: u32,
@@ -30,12 +33,18 @@ pub struct BuildInputs {
 }
 
 /// The name of a generation: a hash of its inputs, 64 hexadecimal digits.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct GenerationKey(String);
 
 impl GenerationKey {
     pub fn as_str(&self) -> &str {
         &self.0
+    }
+
+    /// The key of a generation with this name; `None` if no generation can have it.
+    pub(super) fn from_name(name: &str) -> Option<Self> {
+        let plain = is_plain_name(name) && !name.starts_with('.');
+        plain.then(|| Self(name.to_owned()))
     }
 
     #[cfg(test)]
@@ -128,20 +137,20 @@ pub fn open_image(path: &Path) -> Result<File, ImageError> {
 }
 
 /// A hash of fields, each preceded by its length so that none runs into the next.
-struct Fields(Sha256);
+pub(super) struct Fields(Sha256);
 
 impl Fields {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self(Sha256::new())
     }
 
-    fn add(&mut self, field: &[u8]) {
+    pub(super) fn add(&mut self, field: &[u8]) {
         let len = u64::try_from(field.len()).unwrap_or(u64::MAX);
         self.0.update(len.to_le_bytes());
         self.0.update(field);
     }
 
-    fn finish(self) -> String {
+    pub(super) fn finish(self) -> String {
         hex(&self.0.finalize())
     }
 }

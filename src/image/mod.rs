@@ -15,13 +15,19 @@
 mod build;
 mod commands;
 mod convert;
+#[cfg(test)]
+mod crash_test;
 mod dir;
 mod error;
 mod extract;
+mod fault;
+mod gc;
 mod generation;
 mod inputs;
+mod lineage;
 mod outcome;
 mod partitions;
+mod record;
 mod seed;
 mod source;
 mod store;
@@ -38,6 +44,8 @@ pub use build::{BuildPlan, BuildProgress, Unpack};
 pub use error::ImageError;
 pub use generation::Generation;
 pub use inputs::{BuildInputs, GenerationKey};
+pub use lineage::Lineage;
+pub use record::GroupRecord;
 pub use source::{
     Checksum, DebianRelease, ImageName, ImageSource, LocalImage, SourceError, SourceProgress,
     TellProgress, UbuntuRelease, Vendor, mirror, obtain, stored,

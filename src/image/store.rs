@@ -9,6 +9,7 @@
 //!  <dir>/generations/<key>/     sealed; shared flock: in use
 //!  <dir>/generations/.build-*   half built; exclusive flock: its builder lives
 //!  <dir>/generations/.old-*     on its way out
+//!  <dir>/groups/<group>.json    what each group has served
 //!  <dir>/snapshots/             of this host's golden workers
 //!  <dir>/.instance_data/        consoles
 //! ```
@@ -50,6 +51,7 @@ pub struct Store {
     disks: Dir,
     images: Arc<Dir>,
     pub(super) generations: Dir,
+    pub(super) groups: Dir,
     instance_data: Dir,
     snapshots: Dir,
 }
@@ -83,6 +85,7 @@ impl Store {
         let store = Self {
             images: Arc::new(base.sub("images")?),
             generations: base.sub("generations")?,
+            groups: base.sub("groups")?,
             instance_data: disks.sub(".instance_data")?,
             snapshots: disks.sub("snapshots")?,
             base,
@@ -93,6 +96,7 @@ impl Store {
             &store.disks,
             &store.images,
             &store.generations,
+            &store.groups,
             &store.instance_data,
             &store.snapshots,
         ] {
@@ -173,55 +177,6 @@ impl Store {
             self.instance_data.remove(name)?;
         }
         Ok(())
-    }
-
-    /// Removes what dead builders left and every generation that nobody holds, but for `keep`.
-    /// Nobody builds meanwhile: that is what the lock is for. Returns the names that went. Goes
-    /// on after a failure and reports the first.
-    pub fn collect_garbage(
-        &self,
-        lock: &BuildLock,
-        keep: &GenerationKey,
-    ) -> Result<Vec<String>, ImageError> {
-        self.check_lock(lock)?;
-        let mut removed = Vec::new();
-        let mut first_error = None;
-        for name in self.generations.names()? {
-            if name == keep.as_str() {
-                continue;
-            }
-            match self.remove_unused(&name) {
-                Ok(true) => removed.push(name),
-                Ok(false) => {}
-                Err(e) => {
-                    first_error.get_or_insert(e);
-                }
-            }
-        }
-        match first_error {
-            Some(e) => Err(e),
-            None => Ok(removed),
-        }
-    }
-
-    fn remove_unused(&self, name: &str) -> Result<bool, ImageError> {
-        let Some(dir) = self.generations.existing(name)? else {
-            return Ok(false);
-        };
-        if !dir.try_lock(FlockOperation::NonBlockingLockExclusive)? {
-            return Ok(false);
-        }
-        // Out of sight first: whoever looks for it now finds nothing rather than half of it.
-        let doomed = if name.starts_with(OLD_PREFIX) {
-            name.to_owned()
-        } else {
-            let doomed = self.free_old_name(name)?;
-            self.generations.rename(name, &doomed)?;
-            doomed
-        };
-        self.generations.remove_tree(&doomed)?;
-        self.generations.sync()?;
-        Ok(true)
     }
 
     /// A name for something on its way out that is not taken.

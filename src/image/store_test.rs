@@ -135,7 +135,14 @@ fn folders_are_flocked_while_the_store_is_open() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("store");
     let store = Store::open(&path).unwrap();
-    let names = ["", "images", "generations", "snapshots", ".instance_data"];
+    let names = [
+        "",
+        "images",
+        "generations",
+        "groups",
+        "snapshots",
+        ".instance_data",
+    ];
     let lockable = |name: &str| {
         let folder = File::open(path.join(name)).unwrap();
         flock(&folder, FlockOperation::NonBlockingLockExclusive).is_ok()
@@ -180,7 +187,13 @@ fn a_store_that_others_could_redirect_is_refused() {
 
 #[test]
 fn symbolic_links_inside_the_store_lead_nowhere() {
-    for name in ["images", "generations", ".instance_data", "snapshots"] {
+    for name in [
+        "images",
+        "generations",
+        "groups",
+        ".instance_data",
+        "snapshots",
+    ] {
         let dir = tempfile::tempdir().unwrap();
         let victim = dir.path().join("victim");
         fs::create_dir(&victim).unwrap();

@@ -93,6 +93,7 @@ pub fn inputs(dir: &Path, image: &Path) -> BuildInputs {
     let agent = dir.join("agent");
     fs::write(&agent, "the agent").unwrap();
     BuildInputs {
+        setting: image.display().to_string(),
         image: image.to_owned(),
         disk_gib: 2,
         username: "ubuntu".to_owned(),

@@ -17,7 +17,7 @@ mod slot;
 mod spec;
 mod tap;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -105,11 +105,12 @@ impl Net {
 
     /// Takes the group's name for this process; an error if a living process has it.
     pub fn lock_group(&self, name: &str) -> Result<Lock, NetError> {
-        self.run_dir
-            .try_lock(&format!("group.{name}"))?
-            .ok_or_else(|| NetError::GroupTaken {
-                name: name.to_owned(),
-            })
+        lock_group(&self.run_dir, name)
+    }
+
+    /// Packets that the rules of this process dropped, by chain; empty if nft does not say.
+    pub fn drops(&self) -> impl Future<Output = BTreeMap<String, u64>> + Send + use<> {
+        self.rules.drops()
     }
 
     /// A slot with an open, drained TAP whose rules are in place. For [`SlotRole::Build`] fails
@@ -169,6 +170,19 @@ impl Net {
         drop(self.table);
         result.err().into_iter().collect()
     }
+}
+
+/// The same where there is no network: for pools that boot nothing.
+pub fn lock_group_in(run_dir: &Path, name: &str) -> Result<Lock, NetError> {
+    lock_group(&RunDir::open(run_dir)?, name)
+}
+
+fn lock_group(run_dir: &RunDir, name: &str) -> Result<Lock, NetError> {
+    run_dir
+        .try_lock(&format!("group.{name}"))?
+        .ok_or_else(|| NetError::GroupTaken {
+            name: name.to_owned(),
+        })
 }
 
 /// What must hold before the first machine: each problem by itself, with its remedy. Returns the

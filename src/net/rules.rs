@@ -109,6 +109,26 @@ impl Rules {
         Ok(true)
     }
 
+    /// Packets dropped so far, by chain; those of the TAPs' own chains together as `ingress`, which
+    /// loses what a TAP had counted when its slot closes.
+    pub fn drops(&self) -> impl Future<Output = BTreeMap<String, u64>> + Send + use<> {
+        let table = self.table.clone();
+        async move {
+            let mut text = String::new();
+            for family in ["inet", "netdev"] {
+                let output = Command::new("nft")
+                    .args(["list", "table", family, &table])
+                    .stdin(Stdio::null())
+                    .output()
+                    .await;
+                if let Ok(output) = output {
+                    text.push_str(&String::from_utf8_lossy(&output.stdout));
+                }
+            }
+            dropped(&text)
+        }
+    }
+
     /// Removes the tables.
     pub async fn remove(&mut self) -> Result<(), NetError> {
         nft("remove the tables", &removal(&self.table)).await
@@ -215,6 +235,28 @@ pub async fn remove_orphans(run: &RunDir, tables: &str, own: u32) -> Result<(), 
     Ok(())
 }
 
+/// Sums up `counter packets N bytes M drop` in a listing of our tables.
+fn dropped(listing: &str) -> BTreeMap<String, u64> {
+    let mut drops = BTreeMap::new();
+    let mut chain = String::new();
+    for line in listing.lines().map(str::trim) {
+        if let Some(name) = line.strip_prefix("chain ") {
+            let name = name.trim_end_matches(" {");
+            let ours = name.starts_with("fleetingd");
+            chain = if ours { "ingress" } else { name }.to_owned();
+        } else if line.ends_with(" drop")
+            && let Some((_match, counted)) = line.rsplit_once("counter packets ")
+        {
+            let packets = counted
+                .split(' ')
+                .next()
+                .and_then(|n| n.parse::<u64>().ok());
+            *drops.entry(chain.clone()).or_default() += packets.unwrap_or(0);
+        }
+    }
+    drops
+}
+
 /// The names of all tables, one a line; also the proof that nft is there and may be used.
 pub async fn list_tables() -> Result<String, NetError> {
     let output = Command::new("nft")
@@ -264,4 +306,40 @@ fn first_lines(stderr: &[u8]) -> String {
     let text = String::from_utf8_lossy(stderr);
     let lines: Vec<&str> = text.lines().take(4).map(str::trim).collect();
     lines.join("; ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn drops_are_summed_up_by_chain_and_the_taps_together() {
+        let listing = "table inet fleetingd_3 {
+\tchain to_host {
+\t\tct state established,related accept
+\t\ttcp dport 5000 accept
+\t\tcounter packets 7 bytes 420 drop
+\t}
+\tchain from_guest {
+\t\toifname \"fleetingd*\" counter packets 2 bytes 100 drop
+\t\tmeta nfproto ipv6 counter packets 1 bytes 40 drop
+\t}
+\tchain dropnottap {
+\t\tiifname \"fleetingd1\" counter packets 99 bytes 1 accept
+\t}
+}
+table netdev fleetingd_3 {
+\tchain fleetingd1 {
+\t\ttype filter hook ingress device \"fleetingd1\" priority -150; policy accept;
+\t\tcounter packets 4 bytes 9 drop
+\t}
+\tchain fleetingd2 {
+\t\tcounter packets 5 bytes 9 drop
+\t}
+}";
+        let drops = dropped(listing);
+        let expected = [("from_guest", 3), ("ingress", 9), ("to_host", 7)];
+        let expected = expected.map(|(chain, packets)| (chain.to_owned(), packets));
+        assert_eq!(drops, BTreeMap::from(expected));
+    }
 }

@@ -27,6 +27,7 @@ mod tls;
 pub mod version;
 
 pub use handshake::{COOKIE, started_by_host};
+pub use parent::installed_runner;
 pub use serve::run;
 
 /// What `proto/` says, generated: see `tests/generated.rs`.

@@ -87,6 +87,15 @@ pub(super) async fn runner_binary(executable: Option<PathBuf>) -> Option<PathBuf
     asked(executable?, VERSION_TIMEOUT).await
 }
 
+/// The gitlab-runner of this host, by PATH: what machines get when no runner starts us.
+pub async fn installed_runner() -> Option<PathBuf> {
+    let path = std::env::var_os("PATH")?;
+    let found = std::env::split_paths(&path)
+        .map(|dir| dir.join("gitlab-runner"))
+        .find_map(|file| file.canonicalize().ok())?;
+    asked(found, VERSION_TIMEOUT).await
+}
+
 async fn asked(path: PathBuf, limit: Duration) -> Option<PathBuf> {
     if !is_executable_of_guests(&path) {
         return None;

@@ -12,6 +12,17 @@
 //!                 └─┴── until its deadline, then ──────────────────────────────────┘
 //! ```
 //!
+//! Beside the instances there is one image task at a time. It finds, builds and tests what machines
+//! start from; what serves keeps serving meanwhile, and a failed task changes nothing but the time
+//! of the next. A timer that was overtaken carries an old ticket and is ignored.
+//!
+//! ```text
+//!  Running ──ImageChecked──> Waiting (image_refresh; Idle where that is off)
+//!     ^ │                       │
+//!     │ └──ImageFailed──> Waiting (1 to 30 min)
+//!     └──── BuildDue with the last ticket, or RefreshNow ───┘
+//! ```
+//!
 //! The provisioner's traps that shape it: a request whose id never appears stays pending for
 //! ever, so every accepted instance is reported alive at least once; `succeeded` holds only ids
 //! of the request; what is gone is shown as deleted a few times and then forgotten.
@@ -36,6 +47,9 @@ const BUILD_RETRY: Backoff = Backoff {
     longest: Duration::from_secs(30 * 60),
 };
 
+/// A refresh of an image that serves does not add to a shortage of memory; it waits this long.
+const SHORT_OF_MEMORY: Duration = Duration::from_secs(60);
+
 /// Time since the pool began. The driver's clock is monotonic.
 pub type Now = Duration;
 
@@ -57,16 +71,42 @@ pub struct Limits {
     pub max_size: u32,
     /// How long a start may take, counted from the moment a generation is current.
     pub boot_timeout: Duration,
+    /// How long after a check of the image the next one is due; `None` for never.
+    pub refresh: Option<Duration>,
 }
 
-/// Whether machines can be made yet.
+/// What machines start from, and the task that looks after it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Image {
-    /// Being built; this many builds failed before.
-    Building {
-        failures: u32,
-    },
-    Current,
+struct Image {
+    /// Whether machines can be made.
+    serves: bool,
+    task: ImageTask,
+    /// Failed tasks since the last good one.
+    failures: u32,
+    /// Names the timer that counts.
+    ticket: u64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum ImageTask {
+    Running,
+    /// For a timer.
+    Waiting,
+    /// Until somebody asks.
+    Idle,
+}
+
+impl Image {
+    /// The task is over: the timer that begins the next.
+    fn wait(&mut self, pause: Duration, why: Pause) -> Vec<Action> {
+        self.ticket = self.ticket.wrapping_add(1);
+        self.task = ImageTask::Waiting;
+        vec![Action::BuildAfter {
+            pause,
+            ticket: self.ticket,
+            why,
+        }]
+    }
 }
 
 /// How much memory the host has left, as the watcher sees it.
@@ -82,6 +122,7 @@ pub enum MemoryLevel {
 #[derive(Debug)]
 struct Instance {
     phase: Phase,
+    born: Now,
     /// Whether an Update has shown it as creating or running.
     reported_alive: bool,
 }
@@ -116,9 +157,17 @@ pub enum Event {
         ids: Vec<String>,
     },
     Update,
-    /// A generation is current.
+    /// There is a generation to start machines from: the first, or another one from now on.
     ImageCurrent,
+    /// The image task is done, and what serves is what should.
+    ImageChecked,
     ImageFailed,
+    /// The pause before an image task is over.
+    BuildDue {
+        ticket: u64,
+    },
+    /// The operator wants the image checked now.
+    RefreshNow,
     /// The pause before another attempt is over.
     RetryDue {
         id: InstanceId,
@@ -150,12 +199,29 @@ pub enum Action {
     StartAfter { id: InstanceId, pause: Duration },
     /// End the machine; `Released` follows.
     Stop { id: InstanceId, why: Why },
-    /// Build the image again after this long.
-    BuildAfter { pause: Duration },
+    /// Begin the image task; ends in `ImageChecked` or `ImageFailed` exactly once.
+    Build,
+    /// Send `BuildDue` after about this long.
+    BuildAfter {
+        pause: Duration,
+        ticket: u64,
+        why: Pause,
+    },
     /// The instance will not be tried again.
     GaveUp { id: InstanceId, attempts: u32 },
     /// Nothing is known of the instance any more.
     Forget { id: InstanceId },
+}
+
+/// Why the image task pauses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pause {
+    /// It failed.
+    Failure,
+    /// All is well until the next refresh.
+    Refresh,
+    /// The host is short of memory.
+    Memory,
 }
 
 /// Why a machine is stopped.
@@ -175,6 +241,8 @@ pub enum Answer {
     /// Which of the given ids go or are gone.
     Going(Vec<String>),
     Instances(Vec<(InstanceId, InstanceState)>),
+    /// Whether the image task begins now; else it was under way, or the pool is closing.
+    Refresh(bool),
 }
 
 /// Answer and work of one step.
@@ -194,12 +262,17 @@ impl From<Vec<Action>> for Outcome {
 }
 
 impl State {
-    /// A pool without instances that waits for its image.
+    /// A pool without instances whose image task is under way.
     pub fn new(limits: Limits, ids: IdSource) -> Self {
         Self {
             limits,
             ids,
-            image: Image::Building { failures: 0 },
+            image: Image {
+                serves: false,
+                task: ImageTask::Running,
+                failures: 0,
+                ticket: 0,
+            },
             memory: MemoryLevel::Enough,
             instances: BTreeMap::new(),
             closing: false,
@@ -220,6 +293,18 @@ impl State {
     pub fn state_of(&self, id: &str) -> Option<InstanceState> {
         let (_id, instance) = self.find(id)?;
         Some(instance.phase.shown())
+    }
+
+    /// Every instance that is known: its state, and when it was accepted.
+    pub fn instances(&self) -> impl Iterator<Item = (&InstanceId, InstanceState, Now)> {
+        self.instances
+            .iter()
+            .map(|(id, instance)| (id, instance.phase.shown(), instance.born))
+    }
+
+    /// How much memory the host has left, as was last told.
+    pub fn memory_level(&self) -> MemoryLevel {
+        self.memory
     }
 
     fn find(&self, id: &str) -> Option<(&InstanceId, &Instance)> {
@@ -261,7 +346,10 @@ pub fn step(state: &mut State, now: Now, event: Event) -> Outcome {
         Event::Decrease { ids } => decrease(state, ids),
         Event::Update => update(state),
         Event::ImageCurrent => image_current(state, now).into(),
+        Event::ImageChecked => image_checked(state).into(),
         Event::ImageFailed => image_failed(state).into(),
+        Event::BuildDue { ticket } => build_due(state, ticket).into(),
+        Event::RefreshNow => refresh_now(state),
         Event::RetryDue { id } => retry(state, now, &id).into(),
         Event::Ready { id } => {
             if let Some(Phase::Starting { held: true, .. }) =
@@ -283,12 +371,13 @@ fn increase(state: &mut State, now: Now, n: u32, epoch_seconds: u64) -> Outcome 
     let open = !state.closing && state.memory == MemoryLevel::Enough;
     while open && accepted < n && state.occupied() < state.limits.max_size {
         let id = state.ids.next(epoch_seconds);
-        let phase = match state.image {
-            Image::Current => start(state.limits, now, &id, &mut actions),
-            Image::Building { .. } => Phase::Queued,
+        let phase = match state.image.serves {
+            true => start(state.limits, now, &id, &mut actions),
+            false => Phase::Queued,
         };
         let instance = Instance {
             phase,
+            born: now,
             reported_alive: false,
         };
         state.instances.insert(id, instance);
@@ -370,7 +459,7 @@ fn update(state: &mut State) -> Outcome {
 }
 
 fn image_current(state: &mut State, now: Now) -> Vec<Action> {
-    state.image = Image::Current;
+    state.image.serves = true;
     let mut actions = Vec::new();
     for (id, instance) in &mut state.instances {
         if instance.phase == Phase::Queued {
@@ -380,17 +469,56 @@ fn image_current(state: &mut State, now: Now) -> Vec<Action> {
     actions
 }
 
-fn image_failed(state: &mut State) -> Vec<Action> {
-    let Image::Building { failures } = &mut state.image else {
-        return Vec::new();
-    };
-    *failures = failures.saturating_add(1);
-    if state.closing {
+fn image_checked(state: &mut State) -> Vec<Action> {
+    if state.image.task != ImageTask::Running {
         return Vec::new();
     }
-    vec![Action::BuildAfter {
-        pause: BUILD_RETRY.pause(*failures),
-    }]
+    state.image.failures = 0;
+    match state.limits.refresh {
+        Some(pause) if !state.closing => state.image.wait(pause, Pause::Refresh),
+        _ => {
+            state.image.task = ImageTask::Idle;
+            Vec::new()
+        }
+    }
+}
+
+fn image_failed(state: &mut State) -> Vec<Action> {
+    if state.image.task != ImageTask::Running {
+        return Vec::new();
+    }
+    state.image.failures = state.image.failures.saturating_add(1);
+    if state.closing {
+        state.image.task = ImageTask::Idle;
+        return Vec::new();
+    }
+    let pause = BUILD_RETRY.pause(state.image.failures);
+    state.image.wait(pause, Pause::Failure)
+}
+
+fn build_due(state: &mut State, ticket: u64) -> Vec<Action> {
+    let due = state.image.task == ImageTask::Waiting && state.image.ticket == ticket;
+    if !due || state.closing {
+        return Vec::new();
+    }
+    if state.image.serves && state.memory != MemoryLevel::Enough {
+        return state.image.wait(SHORT_OF_MEMORY, Pause::Memory);
+    }
+    state.image.task = ImageTask::Running;
+    vec![Action::Build]
+}
+
+fn refresh_now(state: &mut State) -> Outcome {
+    let begins = state.image.task != ImageTask::Running && !state.closing;
+    let mut actions = Vec::new();
+    if begins {
+        state.image.task = ImageTask::Running;
+        actions.push(Action::Build);
+    }
+    Outcome {
+        answer: Answer::Refresh(begins),
+        actions,
+    }
 }
 
 fn retry(state: &mut State, now: Now, id: &InstanceId) -> Vec<Action> {

@@ -9,12 +9,14 @@ use super::*;
 
 const MAX_SIZE: u32 = 4;
 const BOOT: Duration = Duration::from_secs(300);
+const REFRESH: Duration = Duration::from_secs(24 * 60 * 60);
 
 fn state() -> State {
     State::new(
         Limits {
             max_size: MAX_SIZE,
             boot_timeout: BOOT,
+            refresh: Some(REFRESH),
         },
         IdSource::new("g"),
     )
@@ -82,18 +84,91 @@ fn instances_wait_for_an_image_and_their_deadline_counts_from_then() {
     );
 }
 
+/// The one timer that a step started.
+fn timer(actions: &[Action]) -> (Duration, u64, Pause) {
+    match actions {
+        [Action::BuildAfter { pause, ticket, why }] => (*pause, *ticket, *why),
+        other => panic!("{other:?}"),
+    }
+}
+
 #[test]
-fn builds_are_tried_again_with_longer_pauses() {
+fn builds_are_tried_again_with_longer_pauses_until_one_is_good() {
     let mut state = state();
-    let pauses: Vec<u64> = (0..7)
-        .map(
-            |_| match step(&mut state, at(0), Event::ImageFailed).actions[..] {
-                [Action::BuildAfter { pause }] => pause.as_secs() / 60,
-                ref other => panic!("{other:?}"),
-            },
-        )
-        .collect();
+    let fail = |state: &mut State| {
+        let (pause, ticket, why) = timer(&step(state, at(0), Event::ImageFailed).actions);
+        assert_eq!(why, Pause::Failure);
+        let due = step(state, at(0), Event::BuildDue { ticket }).actions;
+        assert_eq!(due, [Action::Build]);
+        pause.as_secs() / 60
+    };
+    let pauses: Vec<u64> = (0..7).map(|_| fail(&mut state)).collect();
     assert_eq!(pauses, [1, 2, 4, 8, 16, 30, 30]);
+    let (pause, ticket, why) = timer(&step(&mut state, at(0), Event::ImageChecked).actions);
+    assert_eq!((pause, why), (REFRESH, Pause::Refresh));
+    step(&mut state, at(0), Event::BuildDue { ticket });
+    assert_eq!(fail(&mut state), 1, "it begins anew");
+}
+
+#[test]
+fn machines_start_from_what_serves_while_the_next_is_built_and_after_it_failed() {
+    let mut state = state();
+    step(&mut state, at(0), Event::ImageCurrent);
+    assert_eq!(increase(&mut state, 1).1.len(), 1, "the task still runs");
+    step(&mut state, at(0), Event::ImageFailed);
+    assert_eq!(increase(&mut state, 1).1.len(), 1);
+}
+
+#[test]
+fn a_refresh_that_is_asked_for_overtakes_the_timer() {
+    let mut state = state();
+    step(&mut state, at(0), Event::ImageCurrent);
+    let asked = |state: &mut State| step(state, at(0), Event::RefreshNow);
+    assert_eq!(
+        asked(&mut state).answer,
+        Answer::Refresh(false),
+        "under way"
+    );
+    let (_pause, old, _why) = timer(&step(&mut state, at(0), Event::ImageChecked).actions);
+    let outcome = asked(&mut state);
+    assert_eq!(outcome.answer, Answer::Refresh(true));
+    assert_eq!(outcome.actions, [Action::Build]);
+    let late = Event::BuildDue { ticket: old };
+    assert_eq!(step(&mut state, at(1), late.clone()).actions, []);
+    step(&mut state, at(1), Event::ImageChecked);
+    assert_eq!(step(&mut state, at(2), late).actions, [], "nor later");
+}
+
+#[test]
+fn a_refresh_waits_while_memory_is_short_and_a_first_build_does_not() {
+    for serves in [true, false] {
+        let mut state = state();
+        if serves {
+            step(&mut state, at(0), Event::ImageCurrent);
+        }
+        let (_pause, ticket, _why) = timer(&step(&mut state, at(0), Event::ImageFailed).actions);
+        step(&mut state, at(1), Event::Memory(MemoryLevel::Low));
+        let due = step(&mut state, at(1), Event::BuildDue { ticket }).actions;
+        if serves {
+            let (_pause, ticket, why) = timer(&due);
+            assert_eq!(why, Pause::Memory);
+            step(&mut state, at(2), Event::Memory(MemoryLevel::Enough));
+            let due = step(&mut state, at(2), Event::BuildDue { ticket }).actions;
+            assert_eq!(due, [Action::Build]);
+        } else {
+            assert_eq!(due, [Action::Build]);
+        }
+    }
+}
+
+#[test]
+fn without_refreshes_an_image_is_checked_when_asked_for_only() {
+    let mut state = state();
+    state.limits.refresh = None;
+    step(&mut state, at(0), Event::ImageCurrent);
+    assert_eq!(step(&mut state, at(0), Event::ImageChecked).actions, []);
+    let outcome = step(&mut state, at(0), Event::RefreshNow);
+    assert_eq!(outcome.actions, [Action::Build]);
 }
 
 #[test]
@@ -214,7 +289,11 @@ enum Move {
     Decrease(Vec<usize>),
     Update,
     ImageCurrent,
+    ImageChecked,
     ImageFailed,
+    /// The n-th timer ever started goes off.
+    BuildDue(usize),
+    RefreshNow,
     Ready(usize),
     Release(usize, bool),
     Retry(usize),
@@ -228,7 +307,10 @@ fn moves() -> impl Strategy<Value = Vec<Move>> {
         3 => prop::collection::vec(0_usize..12, 0..4).prop_map(Move::Decrease),
         4 => Just(Move::Update),
         1 => Just(Move::ImageCurrent),
+        1 => Just(Move::ImageChecked),
         1 => Just(Move::ImageFailed),
+        2 => (0_usize..6).prop_map(Move::BuildDue),
+        1 => Just(Move::RefreshNow),
         4 => (0_usize..12).prop_map(Move::Ready),
         4 => ((0_usize..12), any::<bool>()).prop_map(|(n, retry)| Move::Release(n, retry)),
         2 => (0_usize..12).prop_map(Move::Retry),
@@ -239,9 +321,13 @@ fn moves() -> impl Strategy<Value = Vec<Move>> {
 }
 
 /// What a driver holds and a provisioner believes.
-#[derive(Default)]
 struct World {
     now: u64,
+    /// An image task is under way; the pool begins with one.
+    building: bool,
+    /// Timers of the image task, by the tickets they carry.
+    tickets: Vec<u64>,
+    closing: bool,
     seen: Vec<InstanceId>,
     /// Started and not yet released: each of these has a slot.
     held: BTreeSet<InstanceId>,
@@ -251,6 +337,24 @@ struct World {
     /// First state each id was shown in.
     first: BTreeMap<InstanceId, InstanceState>,
     last: BTreeMap<InstanceId, InstanceState>,
+}
+
+impl Default for World {
+    fn default() -> Self {
+        Self {
+            now: 0,
+            building: true,
+            tickets: Vec::new(),
+            closing: false,
+            seen: Vec::new(),
+            held: BTreeSet::new(),
+            stopping: BTreeSet::new(),
+            pauses: BTreeSet::new(),
+            accepted: 0,
+            first: BTreeMap::new(),
+            last: BTreeMap::new(),
+        }
+    }
 }
 
 impl World {
@@ -278,7 +382,16 @@ impl World {
                 }
                 Action::GaveUp { id, .. } => assert!(!self.held.contains(&id)),
                 Action::Forget { id } => assert!(!self.held.contains(&id), "{id} loses its slot"),
-                Action::BuildAfter { .. } => {}
+                Action::Build => {
+                    assert!(!self.building, "two image tasks at once");
+                    assert!(!self.closing, "a build while closing");
+                    self.building = true;
+                }
+                Action::BuildAfter { ticket, .. } => {
+                    assert!(!self.building, "a timer beside a task");
+                    assert!(!self.tickets.contains(&ticket), "a ticket is given once");
+                    self.tickets.push(ticket);
+                }
             }
         }
     }
@@ -314,7 +427,20 @@ impl World {
             },
             Move::Update => Event::Update,
             Move::ImageCurrent => Event::ImageCurrent,
-            Move::ImageFailed => Event::ImageFailed,
+            Move::ImageChecked | Move::ImageFailed if !self.building => return,
+            Move::ImageChecked => {
+                self.building = false;
+                Event::ImageChecked
+            }
+            Move::ImageFailed => {
+                self.building = false;
+                Event::ImageFailed
+            }
+            Move::BuildDue(n) => match self.tickets.get(n) {
+                Some(ticket) => Event::BuildDue { ticket: *ticket },
+                None => return,
+            },
+            Move::RefreshNow => Event::RefreshNow,
             Move::Ready(n) => match id(self, n).filter(|id| self.held.contains(id)) {
                 Some(id) => Event::Ready { id },
                 None => return,
@@ -348,11 +474,24 @@ impl World {
             }
             (Event::Decrease { ids }, Answer::Going(going)) => assert_eq!(going, ids),
             (Event::Update, Answer::Instances(shown)) => self.look(shown),
+            (Event::RefreshNow, Answer::Refresh(begins)) => assert_ne!(begins, self.building),
             (_, Answer::Nothing) => {}
             (asked, answer) => panic!("{asked:?} answered by {answer:?}"),
         }
         self.obey(outcome.actions);
         assert!(state.occupied() <= MAX_SIZE);
+        self.image_is_looked_after(state);
+    }
+
+    /// Always a task, or the timer that begins one.
+    fn image_is_looked_after(&self, state: &State) {
+        let last = self.tickets.last();
+        let armed = state.image.task == ImageTask::Waiting && last == Some(&state.image.ticket);
+        assert!(
+            self.building || armed,
+            "nobody will look at the image again"
+        );
+        assert_eq!(self.building, state.image.task == ImageTask::Running);
     }
 }
 
@@ -368,7 +507,12 @@ proptest! {
         }
         // However it went, everything can be ended, and every accepted instance was shown alive.
         let outcome = step(&mut state, at(world.now), Event::Shutdown);
+        world.closing = true;
         world.obey(outcome.actions);
+        for ticket in world.tickets.clone() {
+            let outcome = step(&mut state, at(world.now), Event::BuildDue { ticket });
+            world.obey(outcome.actions);
+        }
         for id in world.held.clone() {
             world.held.remove(&id);
             let outcome = step(&mut state, at(world.now), Event::Released { id, retry: true });
@@ -378,6 +522,8 @@ proptest! {
         for _update in 0..=DELETED_REPORTS {
             world.run(&mut state, Move::Update);
         }
+        let outcome = step(&mut state, at(world.now), Event::ImageFailed);
+        prop_assert_eq!(outcome.actions, [], "a closing pool plans no build");
         prop_assert!(state.instances.is_empty(), "{:?}", state);
         prop_assert_eq!(world.first.len(), world.accepted, "an accepted instance never appeared");
         for (id, first) in &world.first {

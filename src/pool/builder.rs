@@ -1,16 +1,16 @@
-//! Obtains a generation: finds it, or builds it in a prebuild VM and proves it by a worker.
+//! Builds a generation in a prebuild VM and proves it by a worker.
 //!
 //! ```text
-//!  key ─> sealed and tested? ──yes──────────────────────────────────────> current
-//!           │ no: whose turn is it (one builder a host)
-//!           v
-//!  plan (raw disk, kernel, seed) ─> fleetingd0 runs ─> powered off ─> sealed ─> smoke test ─┘
+//!  plan (raw disk, kernel, seed) ─> fleetingd0 runs ─> powered off ─> sealed     a worker came up
 //! ```
 //!
-//! One task at a time; it gives up at once when the pool closes, and a crash leaves nothing but
-//! a temporary folder that the next build removes.
+//! Each step gives up at once when the pool closes, and a crash leaves nothing but a temporary
+//! folder that a later build removes. When to build, and what to do with the result, is
+//! [`super::refresh`]'s.
 
+use std::cell::Cell;
 use std::fs::File;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -19,12 +19,12 @@ use tokio::sync::watch;
 use super::host::{Host, Machines, chain};
 use super::machine::{self, MachineError};
 use super::spec::{FixedCredential, PoolSpec};
-use super::vendor;
+use super::status::ImageReport;
+use super::view::MachineView;
 use super::vm::{Vm, VmStartError};
 use crate::agent;
 use crate::image::{
-    BuildInputs, BuildLock, BuildPlan, BuildProgress, Generation, GenerationKey, ImageError,
-    LocalImage, SeedNet, SourceError,
+    BuildInputs, BuildLock, BuildPlan, BuildProgress, Generation, ImageError, SeedNet, SourceError,
 };
 use crate::net::{NetError, Slot, SlotRole};
 use crate::vmm::{self, DiskSource, DiskSpec, KernelSource, NetSpec, VmEnd, VmSpec};
@@ -57,6 +57,8 @@ pub enum BuildError {
     Closing,
     #[error(transparent)]
     Source(#[from] SourceError),
+    #[error("no newer image could be had, the last verified one goes on")]
+    Outdated(#[source] SourceError),
     #[error(transparent)]
     Image(#[from] ImageError),
     #[error("no slot for the prebuild")]
@@ -69,87 +71,25 @@ pub enum BuildError {
         "the prebuild was not done after {seconds} s; hint: raise image_build_timeout, its console is {console}"
     )]
     Deadline { seconds: u64, console: String },
+    #[error("cannot show the prebuild's console")]
+    Console(#[source] std::io::Error),
     #[error("cannot open the generation's disk")]
     OpenDisk(#[source] std::io::Error),
     #[error("no worker came up from the new generation")]
     Smoke(#[source] MachineError),
+    #[error("machines of {generation} have another login or agent than this configuration")]
+    OtherLogin { generation: String },
     #[error("a build task failed")]
     Task(#[source] tokio::task::JoinError),
 }
 
-/// Finds or makes the generation of the pool's configuration; `None` where the pool boots nothing.
-pub async fn obtain(
-    host: &Arc<Host>,
-    mut closing: watch::Receiver<bool>,
-) -> Result<Option<Current>, BuildError> {
-    let Some(machines) = host.machines() else {
-        return Ok(None);
-    };
-    let spec = host.spec();
-    let image = vendor::local_image(spec, machines, &mut closing).await?;
-    let inputs = Arc::new(inputs(spec, machines, &image)?);
-    let key = {
-        let (host, inputs) = (Arc::clone(host), Arc::clone(&inputs));
-        blocking(move || {
-            let machines = host.machines().ok_or(BuildError::Closing)?;
-            Ok(inputs.key(&machines.store)?)
-        })
-        .await?
-    };
-    let generation = match machines.store.find(&key)? {
-        Some(generation) => generation,
-        None => {
-            let lock = turn(machines, &mut closing).await?;
-            // Whoever had the turn before may have built just this.
-            match machines.store.find(&key)? {
-                Some(generation) => generation,
-                None => build(host, machines, lock, &inputs, &mut closing).await?,
-            }
-        }
-    };
-    let base = generation.open_disk()?;
-    let mut current = Current {
-        generation,
-        base: Arc::new(base),
-    };
-    if !current.generation.tested {
-        smoke_test(spec, machines, &current, &mut closing).await?;
-        machines.store.mark_tested(&current.generation)?;
-        current.generation.tested = true;
-    }
-    tracing::info!(generation = %current.generation.key, "image is ready");
-    for warning in &current.generation.warnings {
-        tracing::warn!("prebuild: {warning}");
-    }
-    let (host, key) = (Arc::clone(host), current.generation.key.clone());
-    tokio::task::spawn_blocking(move || tidy(&host, &key));
-    Ok(Some(current))
-}
-
-/// Removes generations that nobody uses, unless somebody builds just now: then the next one does.
-fn tidy(host: &Host, key: &GenerationKey) {
-    let Some(machines) = host.machines() else {
-        return;
-    };
-    let removed = match machines.store.try_build_lock() {
-        Ok(Some(lock)) => machines.store.collect_garbage(&lock, key),
-        Ok(None) => return,
-        Err(e) => Err(e),
-    };
-    match removed {
-        Ok(names) if names.is_empty() => {}
-        Ok(names) => tracing::info!("removed what no machine uses: {}", names.join(", ")),
-        Err(e) => tracing::warn!("tidy the image store: {}", chain(&e)),
-    }
-}
-
 /// Puts a plan's progress into the log: each stage once, and a long one every few seconds.
-#[derive(Default)]
-struct ProgressTeller {
-    last: std::cell::Cell<Option<Instant>>,
+struct ProgressTeller<'a> {
+    report: &'a ImageReport,
+    last: Cell<Option<Instant>>,
 }
 
-impl ProgressTeller {
+impl ProgressTeller<'_> {
     fn tell(&self, progress: BuildProgress) {
         const EVERY: Duration = Duration::from_secs(5);
         match progress {
@@ -157,50 +97,64 @@ impl ProgressTeller {
                 done_bytes,
                 total_bytes,
             } => {
+                if self.last.get().is_none() {
+                    self.report.enter("converting");
+                }
                 let due = self.last.get().is_none_or(|at| at.elapsed() >= EVERY);
                 if due || done_bytes == total_bytes {
                     self.last.set(Some(Instant::now()));
                     let (done, total) = (done_bytes >> 20, total_bytes >> 20);
+                    self.report.detail(format!("{done} of {total} MiB"));
                     tracing::info!("image: {done} of {total} MiB converted");
                 }
             }
-            BuildProgress::Extracting => tracing::info!("image: reading kernel and initrd"),
-            BuildProgress::Seeding => tracing::info!("image: writing the seed volume"),
+            BuildProgress::Extracting => {
+                self.report.enter("extracting");
+                tracing::info!("image: reading kernel and initrd");
+            }
+            BuildProgress::Seeding => {
+                self.report.enter("seeding");
+                tracing::info!("image: writing the seed volume");
+            }
         }
     }
 }
 
-fn inputs(
-    spec: &PoolSpec,
-    machines: &Machines,
-    image: &LocalImage,
-) -> Result<BuildInputs, BuildError> {
+/// What the configuration asks for, before its image is a local file; `None` where machines need
+/// none.
+pub fn inputs(host: &Host) -> Option<BuildInputs> {
+    let (spec, agent) = (host.spec(), host.agent()?);
     let password = match &spec.login.fixed {
         Some(FixedCredential::Password(password)) => Some(password.clone()),
         _ => None,
     };
-    Ok(BuildInputs {
-        image: image.path.clone(),
+    Some(BuildInputs {
+        setting: spec.image.image.to_string(),
+        image: PathBuf::new(),
         disk_gib: spec.disk_gib,
         username: spec.login.username.clone(),
         password,
         extra_commands: spec.extra_commands.clone(),
         on_command_error: spec.on_command_error,
         runner: spec.runner.clone(),
-        agent: Arc::clone(&machines.agent),
+        agent,
         agent_protocol: agent::PROTOCOL,
     })
 }
 
 /// Waits for this process's turn to build.
-async fn turn(
-    machines: &Machines,
+pub async fn turn(
+    host: &Host,
     closing: &mut watch::Receiver<bool>,
 ) -> Result<BuildLock, BuildError> {
+    let store = host.store().ok_or(BuildError::Closing)?;
     let mut told: Option<Instant> = None;
     loop {
-        if let Some(lock) = machines.store.try_build_lock()? {
+        if let Some(lock) = store.try_build_lock()? {
             return Ok(lock);
+        }
+        if told.is_none() {
+            host.image.enter("waiting for its turn");
         }
         if told.is_none_or(|at| at.elapsed() > TELL) {
             tracing::info!(
@@ -219,13 +173,20 @@ async fn pause(time: Duration, closing: &mut watch::Receiver<bool>) -> Result<()
     }
 }
 
-async fn build(
+/// Builds a generation; nobody has come up from it yet.
+pub async fn build(
     host: &Arc<Host>,
-    machines: &Machines,
     lock: BuildLock,
     inputs: &Arc<BuildInputs>,
     closing: &mut watch::Receiver<bool>,
 ) -> Result<Generation, BuildError> {
+    host.counters.image("built");
+    let Some(machines) = host.machines() else {
+        #[cfg(feature = "test-vmm")]
+        return super::fake::build(host, &lock, inputs);
+        #[cfg(not(feature = "test-vmm"))]
+        return Err(BuildError::Closing);
+    };
     let slot = build_slot(machines, closing).await?;
     let built = build_in(host, machines, lock, inputs, &slot, closing).await;
     // Its TAP and numbers are free for other builders again.
@@ -281,14 +242,19 @@ async fn build_in(
         let (host, inputs) = (Arc::clone(host), Arc::clone(inputs));
         blocking(move || {
             let machines = host.machines().ok_or(BuildError::Closing)?;
-            let teller = ProgressTeller::default();
+            let teller = ProgressTeller {
+                report: &host.image,
+                last: Cell::default(),
+            };
             let tell = |progress| teller.tell(progress);
             let plan = machines.store.plan(&lock, &inputs, &net, &tell)?;
             Ok((lock, plan))
         })
         .await?
     };
-    run_prebuild(host.spec(), machines, &plan, slot, closing).await?;
+    host.image.enter("prebuild");
+    run_prebuild(host, machines, &plan, slot, closing).await?;
+    host.image.enter("sealing");
     let host = Arc::clone(host);
     blocking(move || {
         let machines = host.machines().ok_or(BuildError::Closing)?;
@@ -300,15 +266,23 @@ async fn build_in(
 }
 
 async fn run_prebuild(
-    spec: &PoolSpec,
+    host: &Host,
     machines: &Machines,
     plan: &BuildPlan,
     slot: &Slot,
     closing: &mut watch::Receiver<bool>,
 ) -> Result<(), BuildError> {
+    let spec = host.spec();
     let console = machines.store.console_path(PREBUILD).display().to_string();
-    let vm_spec = prebuild_spec(spec, machines, plan, slot)?;
+    let mut vm_spec = prebuild_spec(spec, machines, plan, slot)?;
+    let onlooker = host.onlooker.as_deref();
+    if let (Some(onlooker), Some(log)) = (onlooker, vm_spec.console.take()) {
+        vm_spec.console = Some(onlooker.console(log).map_err(BuildError::Console)?);
+    }
     let vm = Vm::start(vm_spec).await.map_err(BuildError::Start)?;
+    if let Some(onlooker) = onlooker {
+        onlooker.started(&vm.handle());
+    }
     let began = Instant::now();
     let end = loop {
         tokio::select! {
@@ -322,12 +296,16 @@ async fn run_prebuild(
             }
             () = tokio::time::sleep(TELL) => {
                 let line = last_line(&vm.console_tail(512));
+                host.image.detail(line.clone());
                 tracing::info!(seconds = began.elapsed().as_secs(), "prebuild is running: {line}");
             }
         }
     };
     let tail = vm.console_tail(CONSOLE_TAIL_BYTES);
     vm.kill().await;
+    if let Some(onlooker) = onlooker {
+        onlooker.ended();
+    }
     let failure = match end {
         Ok(VmEnd::PowerOff) => {
             tracing::info!(
@@ -403,12 +381,18 @@ fn prebuild_spec(
 }
 
 /// A worker must come up from the generation before anybody depends on it.
-async fn smoke_test(
-    spec: &PoolSpec,
-    machines: &Machines,
+pub async fn smoke_test(
+    host: &Host,
     current: &Current,
     closing: &mut watch::Receiver<bool>,
 ) -> Result<(), BuildError> {
+    let Some(machines) = host.machines() else {
+        #[cfg(feature = "test-vmm")]
+        return super::fake::smoke_test(host);
+        #[cfg(not(feature = "test-vmm"))]
+        return Err(BuildError::Closing);
+    };
+    let spec = host.spec();
     tracing::info!(generation = %current.generation.key, "starting a machine to test the image");
     let (stop, mut stopped) = watch::channel(false);
     let stop = Arc::new(stop);
@@ -421,7 +405,13 @@ async fn smoke_test(
         }
     };
     let within = spec.boot_timeout;
-    let served = machine::serve(spec, machines, current, SMOKE, within, &mut stopped, ready);
+    let view = MachineView::default();
+    let start = machine::Start {
+        id: SMOKE,
+        within,
+        view: &view,
+    };
+    let served = machine::serve(spec, machines, current, start, &mut stopped, ready);
     let result = {
         let mut served = std::pin::pin!(served);
         tokio::select! {
@@ -441,7 +431,7 @@ async fn smoke_test(
 }
 
 /// Runs what blocks on a thread of its own.
-async fn blocking<T: Send + 'static>(
+pub async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, BuildError> + Send + 'static,
 ) -> Result<T, BuildError> {
     tokio::task::spawn_blocking(work)

@@ -3,19 +3,25 @@
 //! It never waits for a machine, a file or a child: that is done by tasks of their own, which
 //! report back by messages. So each call of the runner is answered from memory.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot, watch};
 
-use super::brain::{self, Action, Answer, Event, Limits, State, Why};
-use super::builder::{self, Current};
+use super::brain::{self, Action, Answer, Event, Limits, MemoryLevel, Pause, State, Why};
+use super::builder::{BuildError, Current};
+use super::control::server::Server;
 use super::host::Host;
 use super::ids::IdSource;
 use super::machine;
 use super::memory;
-use super::spec::{ConnectInfo, InstanceId, PoolError};
+use super::metrics;
+use super::operator;
+use super::refresh;
+use super::spec::{ConnectInfo, InstanceId, InstanceState, PoolError};
+use super::status::{GroupStatus, InstanceStatus};
+use super::view::{Glance, MachineView};
 
 /// How often the host's rules and idle slots are looked after.
 const HOUSEKEEPING: Duration = Duration::from_secs(10);
@@ -39,7 +45,10 @@ pub enum Message {
     },
     /// `None` where machines need no image.
     ImageCurrent(Option<Arc<Current>>),
-    Build,
+    /// What the driver knows for a status, and a look at each machine for what it does not.
+    Status {
+        reply: oneshot::Sender<(GroupStatus, Vec<Option<Glance>>)>,
+    },
     Housekeeping,
     Close {
         reply: oneshot::Sender<()>,
@@ -58,11 +67,15 @@ pub struct Driver {
     outbox: mpsc::WeakUnboundedSender<Message>,
     closing: watch::Sender<bool>,
     waiting_for_close: Vec<oneshot::Sender<()>>,
+    /// The operator's socket, open as long as the driver lives.
+    control: Option<Server>,
 }
 
 struct Machine {
     stop: watch::Sender<bool>,
     info: Option<ConnectInfo>,
+    view: Arc<MachineView>,
+    generation: Option<String>,
 }
 
 impl Driver {
@@ -72,10 +85,14 @@ impl Driver {
         let limits = Limits {
             max_size: host.max_size(),
             boot_timeout: host.spec().boot_timeout,
+            refresh: host.spec().image_policy.refresh,
         };
+        let host = Arc::new(host);
+        metrics::start(&host, &sender.downgrade());
+        let control = operator::open(&host, &sender.downgrade());
         let driver = Self {
             state: State::new(limits, IdSource::new(host.group())),
-            host: Arc::new(host),
+            host,
             current: None,
             machines: HashMap::new(),
             begun: Instant::now(),
@@ -83,6 +100,7 @@ impl Driver {
             outbox: sender.downgrade(),
             closing: watch::channel(false).0,
             waiting_for_close: Vec::new(),
+            control,
         };
         tokio::spawn(driver.run());
         sender
@@ -117,6 +135,8 @@ impl Driver {
             self.handle(message);
         }
         self.host.close().await;
+        // Whoever looks after the close finds no socket.
+        drop(self.control.take());
         for waiting in self.waiting_for_close {
             // Whoever asked may have stopped waiting.
             let _gone = waiting.send(());
@@ -146,7 +166,9 @@ impl Driver {
                 self.current = current;
                 self.step(Event::ImageCurrent);
             }
-            Message::Build => self.build(),
+            Message::Status { reply } => {
+                let _cancelled = reply.send(self.status());
+            }
             Message::Housekeeping => self.housekeeping(),
             Message::Close { reply } => {
                 self.waiting_for_close.push(reply);
@@ -165,9 +187,16 @@ impl Driver {
         if let Event::Released { id, .. } = &event {
             self.machines.remove(id);
         }
+        let asked = match &event {
+            Event::Increase { n, .. } => *n,
+            _ => 0,
+        };
         let outcome = brain::step(&mut self.state, self.begun.elapsed(), event);
         for action in outcome.actions {
             self.act(action);
+        }
+        if let Answer::Accepted(accepted) = outcome.answer {
+            self.host.counters.increase(asked, accepted);
         }
         outcome.answer
     }
@@ -189,9 +218,13 @@ impl Driver {
                     machine.stop.send_replace(true);
                 }
             }
-            Action::BuildAfter { pause } => {
-                tracing::warn!("next try to build the image in {} s", pause.as_secs());
-                self.after(pause, Message::Build);
+            Action::Build => self.build(),
+            Action::BuildAfter { pause, ticket, why } => {
+                let pause = jittered(pause);
+                if why == Pause::Failure {
+                    tracing::warn!("next try to build the image in {} s", pause.as_secs());
+                }
+                self.after(pause, Message::Tell(Event::BuildDue { ticket }));
             }
             Action::GaveUp { id, attempts } => {
                 tracing::error!(instance = %id, attempts, "giving up: the machine did not come up");
@@ -204,10 +237,16 @@ impl Driver {
 
     fn start(&mut self, id: InstanceId, within: Duration) {
         let (stop, stopped) = watch::channel(false);
-        let machine = Machine { stop, info: None };
+        let view = Arc::new(MachineView::default());
+        let current = self.current.clone();
+        let machine = Machine {
+            stop,
+            info: None,
+            view: Arc::clone(&view),
+            generation: current.as_ref().map(|c| c.generation.key.to_string()),
+        };
         self.machines.insert(id.clone(), machine);
         let host = Arc::clone(&self.host);
-        let current = self.current.clone();
         let Some(sender) = self.outbox.upgrade() else {
             return;
         };
@@ -222,7 +261,12 @@ impl Driver {
             let task = {
                 let id = id.clone();
                 tokio::spawn(async move {
-                    machine::run(&host, current.as_deref(), &id, within, stopped, ready).await;
+                    let start = machine::Start {
+                        id: id.as_str(),
+                        within,
+                        view: &view,
+                    };
+                    machine::run(&host, current.as_deref(), start, stopped, ready).await;
                 })
             };
             if let Err(panic) = task.await {
@@ -232,26 +276,33 @@ impl Driver {
         });
     }
 
+    /// Starts the image task. It tells what serves as soon as something does, and its end.
     fn build(&self) {
         let (host, closing) = (Arc::clone(&self.host), self.closing.subscribe());
         let outbox = self.outbox.clone();
+        let serves = self.current.is_some();
         tokio::spawn(async move {
-            let built = tokio::spawn(async move { builder::obtain(&host, closing).await }).await;
-            let message = match built {
-                Ok(Ok(current)) => Message::ImageCurrent(current.map(Arc::new)),
-                Ok(Err(builder::BuildError::Closing)) => return,
-                Ok(Err(error)) => {
-                    tracing::error!("no image: {}", super::host::chain(&error));
-                    Message::Tell(Event::ImageFailed)
-                }
-                Err(panic) => {
-                    tracing::error!("build task failed: {panic}");
-                    Message::Tell(Event::ImageFailed)
-                }
+            let task = {
+                let (host, outbox) = (Arc::clone(&host), outbox.clone());
+                let serve = move |current| tell(&outbox, Message::ImageCurrent(current));
+                tokio::spawn(async move { refresh::run(&host, serves, closing, &serve).await })
             };
-            if let Some(sender) = outbox.upgrade() {
-                let _ended = sender.send(message);
+            let failure = match task.await {
+                Ok(Ok(())) => None,
+                Ok(Err(BuildError::Closing)) => return,
+                Ok(Err(error)) => Some(super::host::chain(&error)),
+                Err(panic) => Some(format!("the task failed: {panic}")),
+            };
+            if let Some(reason) = &failure {
+                tracing::error!("no new image: {reason}");
             }
+            let (outcome, event) = match failure {
+                Some(_) => ("failed", Event::ImageFailed),
+                None => ("good", Event::ImageChecked),
+            };
+            host.counters.image(outcome);
+            host.image.done(failure);
+            tell(&outbox, Message::Tell(event));
         });
     }
 
@@ -268,6 +319,51 @@ impl Driver {
         }
     }
 
+    fn status(&self) -> (GroupStatus, Vec<Option<Glance>>) {
+        let now = self.begun.elapsed();
+        let mut instances = Vec::new();
+        let mut glances = Vec::new();
+        for (id, state, born) in self.state.instances() {
+            let machine = self.machines.get(id);
+            let glance = machine.map(|machine| machine.view.glance());
+            let phase = glance.as_ref().map_or("queued", |glance| glance.phase);
+            instances.push(InstanceStatus {
+                id: id.to_string(),
+                state: format!("{state:?}").to_lowercase(),
+                phase: match state {
+                    InstanceState::Deleted => String::new(),
+                    _ => phase.to_owned(),
+                },
+                age_s: now.saturating_sub(born).as_secs(),
+                address: glance.as_ref().and_then(|glance| glance.address),
+                generation: machine.and_then(|machine| machine.generation.clone()),
+                disk_delta_bytes: 0,
+                memory_bytes: 0,
+            });
+            glances.push(glance);
+        }
+        let status = GroupStatus {
+            group: self.host.group().to_owned(),
+            program_version: env!("CARGO_PKG_VERSION").to_owned(),
+            pid: std::process::id(),
+            uptime_s: now.as_secs(),
+            store: self.host.spec().image_directory.clone(),
+            max_size: self.host.max_size(),
+            occupied: self.state.occupied(),
+            host_memory: match self.state.memory_level() {
+                MemoryLevel::Enough => "enough",
+                MemoryLevel::Low => "low",
+                MemoryLevel::Critical => "critical",
+            }
+            .to_owned(),
+            image: self.host.image.get(),
+            instances,
+            counters: self.host.counters.get(),
+            dropped_packets: BTreeMap::new(),
+        };
+        (status, glances)
+    }
+
     fn housekeeping(&self) {
         let host = Arc::clone(&self.host);
         tokio::spawn(async move { host.look_after_network().await });
@@ -277,9 +373,7 @@ impl Driver {
         let outbox = self.outbox.clone();
         tokio::spawn(async move {
             tokio::time::sleep(pause).await;
-            if let Some(sender) = outbox.upgrade() {
-                let _ended = sender.send(message);
-            }
+            tell(&outbox, message);
         });
     }
 
@@ -296,6 +390,13 @@ impl Driver {
                 }
             }
         });
+    }
+}
+
+/// Tells the driver, if it still lives.
+fn tell(outbox: &mpsc::WeakUnboundedSender<Message>, message: Message) {
+    if let Some(sender) = outbox.upgrade() {
+        let _ended = sender.send(message);
     }
 }
 

@@ -7,20 +7,23 @@
 use std::error::Error;
 use std::fs::File;
 use std::net::Ipv4Addr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use tokio::sync::Mutex;
 
+use super::counters::Counters;
 use super::keys::KeyPair;
+use super::prebuild::Onlooker;
 use super::preflight;
 #[cfg(feature = "test-vmm")]
 use super::spec::VmmKind;
 use super::spec::{FixedCredential, PoolSpec};
+use super::status::ImageReport;
 use crate::image::Store;
-use crate::net::{Net, Slot, Uplink, forget_connections};
+use crate::net::{self, Net, Slot, Uplink, forget_connections};
 
 /// What a pool stands on.
 #[derive(Debug)]
@@ -29,13 +32,24 @@ pub struct Host {
     group: String,
     max_size: u32,
     backing: Backing,
+    pub counters: Counters,
+    pub image: ImageReport,
+    /// Held while what the group serves changes: a promotion and a pin, one after the other.
+    pub serving: Mutex<()>,
+    /// Who looks on while a prebuild's machine runs.
+    pub onlooker: Option<Arc<dyn Onlooker>>,
 }
 
 #[derive(Debug)]
 enum Backing {
     Machines(Box<Machines>),
     #[cfg(feature = "test-vmm")]
-    Nothing,
+    Nothing {
+        /// Holds the group's name, where there is a run folder for it.
+        _group: Option<crate::net::Lock>,
+        /// Where there is one, generations come and go as everywhere, but for the VMs.
+        store: Option<(Box<Store>, Arc<File>)>,
+    },
 }
 
 /// What real machines need.
@@ -60,13 +74,7 @@ impl Host {
     pub async fn open(spec: PoolSpec) -> Result<(Self, Vec<String>), Vec<String>> {
         #[cfg(feature = "test-vmm")]
         if let VmmKind::Fake { .. } = spec.vmm {
-            let host = Self {
-                group: spec.group.clone().unwrap_or_else(|| "fake".to_owned()),
-                max_size: spec.net.subnet.slots().saturating_sub(1),
-                backing: Backing::Nothing,
-                spec,
-            };
-            return Ok((host, Vec::new()));
+            return Ok((Self::fake(spec)?, Vec::new()));
         }
         let ready = preflight::run(&spec).await?;
         let fixed_key = match &spec.login.fixed {
@@ -88,8 +96,47 @@ impl Host {
                 _group: ready.group_lock,
             })),
             spec,
+            counters: Counters::default(),
+            image: ImageReport::default(),
+            serving: Mutex::default(),
+            onlooker: None,
         };
         Ok((host, ready.warnings))
+    }
+
+    #[cfg(feature = "test-vmm")]
+    fn fake(spec: PoolSpec) -> Result<Self, Vec<String>> {
+        let group = spec.group.clone().unwrap_or_else(|| "fake".to_owned());
+        let problem = |e: &dyn Error| vec![chain(e)];
+        let (lock, store) = match &spec.run_directory {
+            Some(dir) => {
+                let lock = net::lock_group_in(dir, &group).map_err(|e| problem(&e))?;
+                let store = Store::open_apart(&spec.image_directory, &spec.disk_directory)
+                    .map_err(|e| problem(&e))?;
+                let agent = File::open("/proc/self/exe").map_err(|e| problem(&e))?;
+                (Some(lock), Some((Box::new(store), Arc::new(agent))))
+            }
+            None => (None, None),
+        };
+        Ok(Self {
+            group,
+            max_size: spec.net.subnet.slots().saturating_sub(1),
+            backing: Backing::Nothing {
+                _group: lock,
+                store,
+            },
+            spec,
+            counters: Counters::default(),
+            image: ImageReport::default(),
+            serving: Mutex::default(),
+            onlooker: None,
+        })
+    }
+
+    /// Where this pool's socket belongs; `None` for a pool that must leave the host alone.
+    pub fn run_directory(&self) -> Option<&Path> {
+        let default = self.boots_machines().then_some(Path::new(net::RUN_DIR));
+        self.spec.run_directory.as_deref().or(default)
     }
 
     pub fn spec(&self) -> &PoolSpec {
@@ -109,7 +156,27 @@ impl Host {
         match &self.backing {
             Backing::Machines(machines) => Some(machines),
             #[cfg(feature = "test-vmm")]
-            Backing::Nothing => None,
+            Backing::Nothing { .. } => None,
+        }
+    }
+
+    /// Where generations lie; `None` where machines need none.
+    pub fn store(&self) -> Option<&Store> {
+        match &self.backing {
+            Backing::Machines(machines) => Some(&machines.store),
+            #[cfg(feature = "test-vmm")]
+            Backing::Nothing { store, .. } => store.as_ref().map(|(store, _agent)| &**store),
+        }
+    }
+
+    /// What becomes the guest's agent.
+    pub fn agent(&self) -> Option<Arc<File>> {
+        match &self.backing {
+            Backing::Machines(machines) => Some(Arc::clone(&machines.agent)),
+            #[cfg(feature = "test-vmm")]
+            Backing::Nothing { store, .. } => {
+                store.as_ref().map(|(_store, agent)| Arc::clone(agent))
+            }
         }
     }
 

@@ -15,11 +15,13 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 
 use super::builder::Current;
+use super::counters::COLD;
 use super::host::{Host, Machines, chain, delta_dir};
 use super::keys::{self, KeyError, KeyPair};
 use super::limits::{self, LimitSources};
-use super::spec::{ConnectInfo, FixedCredential, InstanceId, PoolSpec};
+use super::spec::{ConnectInfo, FixedCredential, PoolSpec};
 use super::ssh::{Credential, SshError, SshSession, SshTarget};
+use super::view::MachineView;
 use super::vm::{Vm, VmStartError};
 use crate::agent::{AgentError, AgentLink, Identity};
 use crate::image::ImageError;
@@ -71,33 +73,72 @@ pub enum MachineError {
     Stopped,
 }
 
+impl MachineError {
+    /// The reason in one word, for counters.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Slot(_) => "slot",
+            Self::Closing | Self::Stopped => "stopped",
+            Self::Keys(_) => "keys",
+            Self::Disk(_) => "disk",
+            Self::Console(_) => "console",
+            Self::Start(_) => "vm_start",
+            Self::NoChannel(_) | Self::Agent(_) => "agent",
+            Self::Link => "link",
+            Self::Ssh(_) | Self::Command { .. } => "ssh",
+            Self::Deadline { .. } => "deadline",
+            Self::Ended { end } => match end {
+                VmEnd::PowerOff => "power_off",
+                VmEnd::Reboot => "reboot",
+                VmEnd::TripleFault => "triple_fault",
+                VmEnd::Panic { .. } => "panic",
+                VmEnd::Killed => "killed",
+                VmEnd::Internal { .. } => "kvm",
+                VmEnd::HostFault { .. } => "host_fault",
+            },
+        }
+    }
+}
+
+/// One start: whose, how long it may take, and where it shows itself.
+#[derive(Debug, Clone, Copy)]
+pub struct Start<'a> {
+    pub id: &'a str,
+    pub within: Duration,
+    pub view: &'a MachineView,
+}
+
 /// Runs a machine to its end; returns when everything it held is released. `ready` is called
 /// once, when it answers over SSH with what `ConnectInfo` says.
 pub async fn run(
     host: &Host,
     current: Option<&Current>,
-    id: &InstanceId,
-    within: Duration,
+    start: Start<'_>,
     mut stop: watch::Receiver<bool>,
     ready: impl FnOnce(ConnectInfo) + Send,
 ) {
+    let id = start.id;
+    let mut came_up = false;
+    let ready = |info| {
+        came_up = true;
+        host.counters.boot(COLD, &start.view.times());
+        ready(info);
+    };
     let result = match (host.machines(), current) {
         (Some(machines), Some(current)) => {
-            serve(
-                host.spec(),
-                machines,
-                current,
-                id.as_str(),
-                within,
-                &mut stop,
-                ready,
-            )
-            .await
+            serve(host.spec(), machines, current, start, &mut stop, ready).await
         }
         #[cfg(feature = "test-vmm")]
-        (None, _) => fake(host.spec(), &mut stop, ready).await,
+        (None, _) => fake(host.spec(), start, &mut stop, ready).await,
         _ => Err(MachineError::Closing),
     };
+    match (&result, came_up) {
+        (Err(error), true) => host.counters.end(error.reason()),
+        // Taken back before it was there: no failure.
+        (Ok(()) | Err(MachineError::Stopped), false) => {}
+        (Err(error), false) => host.counters.failure(error.reason()),
+        (Ok(()), true) => host.counters.end("stopped"),
+    }
     match result {
         Ok(()) | Err(MachineError::Stopped) => {
             tracing::info!(instance = %id, "machine is gone");
@@ -112,11 +153,11 @@ pub async fn serve(
     spec: &PoolSpec,
     machines: &Machines,
     current: &Current,
-    id: &str,
-    within: Duration,
+    start: Start<'_>,
     stop: &mut watch::Receiver<bool>,
     ready: impl FnOnce(ConnectInfo) + Send,
 ) -> Result<(), MachineError> {
+    let Start { id, within, view } = start;
     let slot = match machines.net.lock().await.as_mut() {
         Some(net) => net
             .acquire(SlotRole::Worker)
@@ -127,21 +168,24 @@ pub async fn serve(
     let started = Instant::now();
     let host_mib = limits::meminfo_mib(&LimitSources::default().proc, "MemTotal:").unwrap_or(0);
     let promise = machines.promise(spec.shape.memory_mib, host_mib, spec.memory_overcommit);
-    let mut phase = "starting";
+    view.enter("vm");
+    view.has_address(slot.guest_address());
     let result = match start_vm(spec, machines, current, id, &slot).await {
         Err(error) => Err(error),
         Ok(vm) => {
+            view.has_vm(vm.handle());
             let up = tokio::select! {
-                up = bring_up(spec, machines, &vm, id, &slot, &mut phase) => up,
+                up = bring_up(spec, machines, &vm, id, &slot, view) => up,
                 end = vm.ended() => Err(MachineError::Ended { end }),
                 () = asked(stop) => Err(MachineError::Stopped),
                 () = tokio::time::sleep(within) => Err(MachineError::Deadline {
                     seconds: within.as_secs(),
-                    phase: "",
+                    phase: doing(view.phase()),
                 }),
             };
             let result = match up {
                 Ok((info, link)) => {
+                    view.enter("running");
                     tracing::info!(instance = %id, ms = millis(started), address = %info.address, "machine is running");
                     ready(info);
                     let end = tokio::select! {
@@ -168,11 +212,20 @@ pub async fn serve(
         }
     };
     drop(promise);
+    view.enter("release");
     machines.release(slot).await;
-    result.map_err(|error| match error {
-        MachineError::Deadline { seconds, .. } => MachineError::Deadline { seconds, phase },
-        other => other,
-    })
+    result
+}
+
+/// A phase as a sentence has it.
+fn doing(phase: &str) -> &'static str {
+    match phase {
+        "hello" => "waiting for its agent's hello",
+        "identify" => "applying its identity",
+        "sshd" => "waiting for its link and sshd",
+        "login" => "logging in over SSH",
+        _ => "starting",
+    }
 }
 
 /// Returns when a stop is asked for, or nobody is left who could.
@@ -252,23 +305,23 @@ async fn bring_up(
     vm: &Vm,
     id: &str,
     slot: &Slot,
-    phase: &mut &'static str,
+    view: &MachineView,
 ) -> Result<(ConnectInfo, AgentLink), MachineError> {
     let host_key = KeyPair::random(spec.ssh_key_type).map_err(MachineError::Keys)?;
     let (login, authorized_key, info) = credentials(spec, machines, slot)?;
     let mut link = vm.agent().map_err(MachineError::NoChannel)?;
-    *phase = "waiting for its agent's hello";
+    view.enter("hello");
     link.hello().await.map_err(MachineError::Agent)?;
-    *phase = "applying its identity";
+    view.enter("identify");
     let identity = identity(spec, machines, slot, id, &host_key, authorized_key);
     link.identify(identity).await.map_err(MachineError::Agent)?;
     vm.set_link(true)
         .await
         .map_err(|_gone| MachineError::Link)?;
-    *phase = "waiting for its link and sshd";
+    view.enter("sshd");
     let ready = link.ready().await.map_err(MachineError::Agent)?;
     tracing::debug!(instance = %id, uptime_ms = ready.uptime_ms, phases = ?ready.phases_ms, "agent is ready");
-    *phase = "logging in over SSH";
+    view.enter("login");
     let target = SshTarget {
         address: SocketAddr::from((info.address, SSH_PORT)),
         username: info.username.clone(),
@@ -359,20 +412,25 @@ fn identity(
 #[cfg(feature = "test-vmm")]
 async fn fake(
     spec: &PoolSpec,
+    start: Start<'_>,
     stop: &mut watch::Receiver<bool>,
     ready: impl FnOnce(ConnectInfo),
 ) -> Result<(), MachineError> {
     let super::VmmKind::Fake { boot } = spec.vmm else {
         return Err(MachineError::Closing);
     };
+    start.view.enter("vm");
     tokio::select! {
         () = tokio::time::sleep(boot) => {}
         () = asked(stop) => return Err(MachineError::Stopped),
     }
     let key = KeyPair::random(spec.ssh_key_type).map_err(MachineError::Keys)?;
+    // TEST-NET-1: nobody is there (RFC 5737).
+    let address = std::net::Ipv4Addr::new(192, 0, 2, 1);
+    start.view.has_address(address);
+    start.view.enter("running");
     ready(ConnectInfo {
-        // TEST-NET-1: nobody is there (RFC 5737).
-        address: std::net::Ipv4Addr::new(192, 0, 2, 1),
+        address,
         username: spec.login.username.clone(),
         key: Some(key.private_pem),
         password: None,

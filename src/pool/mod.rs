@@ -15,17 +15,27 @@
 
 pub mod brain;
 mod builder;
+pub mod control;
+mod counters;
 mod driver;
+#[cfg(feature = "test-vmm")]
+mod fake;
 mod host;
 pub mod ids;
 pub mod keys;
 pub mod limits;
 mod machine;
 mod memory;
+mod metrics;
+mod operator;
+mod prebuild;
 mod preflight;
+mod refresh;
 pub mod spec;
 pub mod ssh;
+pub mod status;
 mod vendor;
+mod view;
 mod vm;
 
 use std::sync::Arc;
@@ -33,9 +43,12 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use tokio::sync::{mpsc, oneshot};
 
+pub use builder::BuildError;
+pub use counters::{Boots, Counts, Spent};
+pub use prebuild::{Onlooker, PrebuildError, Prebuilt, prebuild};
 pub use spec::{
-    ConnectInfo, FixedCredential, InstanceId, InstanceState, Login, PoolError, PoolSpec, Shape,
-    VmmKind,
+    ConnectInfo, FixedCredential, ImagePolicy, InstanceId, InstanceState, Login, OnChange,
+    PoolError, PoolSpec, Shape, VmmKind,
 };
 
 use brain::{Answer, Event};
@@ -140,3 +153,5 @@ impl Pool {
 
 #[cfg(test)]
 mod pool_test;
+#[cfg(test)]
+mod refresh_test;

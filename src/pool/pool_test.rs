@@ -10,7 +10,7 @@ use super::*;
 use crate::image::{ImageName, PrebuildOnError, RunnerSource};
 use crate::net::NetSpec;
 
-fn spec(boot: Duration) -> PoolSpec {
+pub fn spec(boot: Duration) -> PoolSpec {
     PoolSpec {
         net: NetSpec {
             subnet: "10.200.0.0/20".parse().unwrap(),
@@ -41,6 +41,9 @@ fn spec(boot: Duration) -> PoolSpec {
             fixed: None,
         },
         vmm: VmmKind::Fake { boot },
+        image_policy: ImagePolicy::default(),
+        metrics_file: None,
+        run_directory: None,
     }
 }
 

@@ -35,7 +35,9 @@ pub async fn run(spec: &PoolSpec) -> Result<Ready, Vec<String>> {
         .map_err(|e| problems.push(format!("cannot open our own executable: {e}")))
         .ok();
     check_disk(spec, &mut problems, &mut warnings);
-    let net = Net::open(spec.net.clone(), Path::new(net::RUN_DIR))
+    let run_dir = spec.run_directory.as_deref();
+    let run_dir = run_dir.unwrap_or(Path::new(net::RUN_DIR));
+    let net = Net::open(spec.net.clone(), run_dir)
         .await
         .map_err(|all| problems.extend(all.iter().map(|e| chain(e))))
         .ok();

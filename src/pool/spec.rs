@@ -37,6 +37,41 @@ pub struct PoolSpec {
     pub ssh_key_type: SshKeyType,
     pub login: Login,
     pub vmm: VmmKind,
+    pub image_policy: ImagePolicy,
+    /// Where the counters are written for node_exporter, if anywhere.
+    pub metrics_file: Option<PathBuf>,
+    /// In place of `/run/fleetingd`: for tests, which must not meet the host's own.
+    pub run_directory: Option<PathBuf>,
+}
+
+/// How generations come and go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ImagePolicy {
+    /// `image_refresh`: how long after one check the next is due; `None` for never.
+    pub refresh: Option<Duration>,
+    /// `image_keep`: how many of the last generations stay.
+    pub keep: u32,
+    pub on_change: OnChange,
+}
+
+impl Default for ImagePolicy {
+    fn default() -> Self {
+        Self {
+            refresh: Some(Duration::from_secs(24 * 60 * 60)),
+            keep: 2,
+            on_change: OnChange::Wait,
+        }
+    }
+}
+
+/// What machines start from while a changed configuration's image is being built.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum OnChange {
+    /// Nothing: they wait.
+    #[default]
+    Wait,
+    /// The image of before.
+    Serve,
 }
 
 /// What one machine is given.

@@ -63,6 +63,11 @@ impl Vm {
         AgentLink::new(stream)
     }
 
+    /// Remote control that keeps nothing alive.
+    pub fn handle(&self) -> VmHandle {
+        self.handle.clone()
+    }
+
     pub async fn set_link(&self, up: bool) -> Result<(), VmGone> {
         let handle = self.handle.clone();
         tokio::task::spawn_blocking(move || handle.set_link(up))

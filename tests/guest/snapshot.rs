@@ -4,7 +4,7 @@ use std::fs::File;
 use std::sync::Arc;
 use std::time::Duration;
 
-use fleetingd::vmm::{self, DiskSource, DiskSpec, RestoreSpec, Snapshot};
+use fleetingd::vmm::{self, DiskSource, DiskSpec, RestoreSpec, Snapshot, VmEnd};
 
 use super::{Guest, boot, files};
 
@@ -91,4 +91,18 @@ fn clones_of_a_machine_saved_in_the_midst_of_writes_finish_them() {
     }
     let random: Vec<String> = clones.iter().map(|clone| clone.value("RANDOM ")).collect();
     assert!(random[0] != random[1] && random[1] != random[2] && random[0] != random[2]);
+
+    // The file under a clone's memory is cut: that clone ends, its neighbour does not notice.
+    let [doomed, neighbour] =
+        [&stored, &frozen].map(|snapshot| restored(snapshot, disk(&base, &deltas)));
+    neighbour.handle.resume().unwrap();
+    let memory = File::options()
+        .write(true)
+        .open(saved.path().join("memory"));
+    memory.unwrap().set_len(0).unwrap();
+    doomed.handle.resume().unwrap();
+    let end = doomed.end();
+    assert!(matches!(end, VmEnd::HostFault { .. }), "{end:?}");
+    neighbour.succeed();
+    assert_eq!(neighbour.value("B "), written);
 }

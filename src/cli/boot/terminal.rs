@@ -107,6 +107,7 @@ fn save(handle: &VmHandle, directory: &Path) {
 }
 
 /// The terminal in raw mode; itself again when dropped.
+#[derive(Debug)]
 pub struct RawTerminal {
     before: Option<Termios>,
 }

@@ -183,6 +183,26 @@ fn ranges() -> Vec<(&'static str, Vec<Value>, Vec<Value>)> {
             ],
         ),
         (
+            "image_refresh",
+            vec![json!("off"), json!("24h"), json!(3600)],
+            vec![json!("never"), json!(0), json!("169h"), json!(false)],
+        ),
+        (
+            "image_keep",
+            vec![json!(1), json!(10)],
+            vec![json!(0), json!(11), json!("2")],
+        ),
+        (
+            "image_on_change",
+            vec![json!("serve")],
+            vec![json!("off"), json!(true)],
+        ),
+        (
+            "metrics_file",
+            vec![json!("/var/lib/node_exporter/fleetingd.prom")],
+            vec![json!("fleetingd.prom"), json!(1)],
+        ),
+        (
             "boot_timeout",
             vec![json!("1h30m")],
             vec![json!(""), json!(null), json!([])],
@@ -402,12 +422,7 @@ fn keys_of_other_versions_are_unknown_and_named_with_a_neighbour() {
             "{text}"
         );
     }
-    for later in [
-        "image_refresh",
-        "vm_clone",
-        "armed_max",
-        "template_directory",
-    ] {
+    for later in ["vm_clone", "armed_max", "template_directory"] {
         let text = with(later, json!("x")).unwrap_err().to_string();
         assert!(text.starts_with("unknown key"), "{text}");
     }

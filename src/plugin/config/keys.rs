@@ -8,8 +8,8 @@ use std::time::Duration;
 use super::kind::{Kind, existing};
 use crate::image::{Checksum, ImageName, PrebuildOnError, Url, mirror};
 use crate::net::{AllowHost, AllowPrivate, Subnet};
-use crate::pool::VmmKind;
 use crate::pool::keys::SshKeyType;
+use crate::pool::{ImagePolicy, OnChange, VmmKind};
 
 /// One key of `plugin_config`.
 pub(super) struct Key {
@@ -58,6 +58,9 @@ pub(super) struct Draft {
     pub(super) boot_timeout: Duration,
     pub(super) ssh_key_type: SshKeyType,
     pub(super) vmm: VmmKind,
+    pub(super) image_policy: ImagePolicy,
+    pub(super) metrics_file: Option<PathBuf>,
+    pub(super) run_directory: Option<PathBuf>,
 }
 
 /// Every key, in the order of the reference.
@@ -290,6 +293,41 @@ pub(super) const KEYS: &[Key] = &[
         meaning: "How long a build of the image may take.",
     },
     Key {
+        name: "image_refresh",
+        kind: Kind::DurationOrOff(|draft, time| draft.image_policy.refresh = time),
+        default: Default::Is(r#""24h""#),
+        rebuilds: false,
+        meaning: "How often to look for a newer image, in the background. Machines use it once one has come up from it.",
+    },
+    Key {
+        name: "image_keep",
+        kind: Kind::Integer(1..=10, |draft, n| draft.image_policy.keep = n),
+        default: Default::Is("2"),
+        rebuilds: false,
+        meaning: "How many of the last prepared images stay; an older one goes when no machine uses it.",
+    },
+    Key {
+        name: "image_on_change",
+        kind: Kind::Text("`wait` or `serve`", |draft, text| {
+            draft.image_policy.on_change = match text {
+                "wait" => OnChange::Wait,
+                "serve" => OnChange::Serve,
+                _ => return Err(String::new()),
+            };
+            Ok(())
+        }),
+        default: Default::Is(r#""wait""#),
+        rebuilds: false,
+        meaning: "What machines do while the image of a changed configuration is prepared: wait, or start from the one before if it has the same login.",
+    },
+    Key {
+        name: "metrics_file",
+        kind: Kind::Path(|draft, path| draft.metrics_file = Some(path)),
+        default: Default::Found("none"),
+        rebuilds: false,
+        meaning: "A file for node_exporter's textfile collector, its name ending in `.prom`; written every 15 seconds.",
+    },
+    Key {
         name: "boot_timeout",
         kind: Kind::Duration(|draft, time| draft.boot_timeout = time),
         default: Default::Is(r#""5m""#),
@@ -337,6 +375,14 @@ pub(super) const KEYS: &[Key] = &[
             Ok(())
         }),
         default: Default::Is(r#""embedded""#),
+        rebuilds: false,
+        meaning: "",
+    },
+    #[cfg(feature = "test-vmm")]
+    Key {
+        name: "run_directory",
+        kind: Kind::Path(|draft, path| draft.run_directory = Some(path)),
+        default: Default::Found("none"),
         rebuilds: false,
         meaning: "",
     },

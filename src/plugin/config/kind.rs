@@ -19,6 +19,8 @@ pub(super) enum Kind {
     Number(RangeInclusive<f64>, fn(&mut Draft, f64)),
     Flag(fn(&mut Draft, bool)),
     Duration(fn(&mut Draft, Duration)),
+    /// A duration, or none where it says `off`.
+    DurationOrOff(fn(&mut Draft, Option<Duration>)),
     /// An absolute path; need not exist.
     Path(fn(&mut Draft, PathBuf)),
     /// An absolute path of an existing file.
@@ -41,6 +43,9 @@ impl fmt::Display for Kind {
             Self::Flag(_) => f.write_str("true or false"),
             Self::Duration(_) => f.write_str(
                 "a duration from 1s to 168h: a string such as \"90s\", \"5m\" or \"1h30m\", or whole seconds",
+            ),
+            Self::DurationOrOff(_) => f.write_str(
+                "a duration from 1s to 168h such as \"90s\" or \"24h\", or whole seconds, or `off`",
             ),
             Self::Path(_) => f.write_str("an absolute path"),
             Self::File(_) => f.write_str("the absolute path of a file"),
@@ -77,6 +82,13 @@ impl Kind {
                     .filter(|d| DURATIONS.contains(d))
                     .ok_or_else(mismatch)?;
                 set(draft, duration);
+            }
+            Self::DurationOrOff(set) if value.as_str() == Some("off") => set(draft, None),
+            Self::DurationOrOff(set) => {
+                let duration = duration(value)
+                    .filter(|d| DURATIONS.contains(d))
+                    .ok_or_else(mismatch)?;
+                set(draft, Some(duration));
             }
             Self::Path(set) => set(draft, absolute(value).ok_or_else(mismatch)?),
             Self::File(set) => {

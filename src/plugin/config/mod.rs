@@ -123,6 +123,11 @@ impl Source {
         self.values.contains_key(key)
     }
 
+    /// What the operator wrote for a key that takes a string.
+    pub fn text(&self, key: &str) -> Option<&str> {
+        self.values.get(key)?.as_str()
+    }
+
     /// Checks every key and the connector; all problems at once.
     pub fn check(&self, host: &Host) -> Result<Config, Problems> {
         let mut problems = Vec::new();
@@ -246,6 +251,9 @@ fn assemble(draft: Draft, connector: Connector, host: &Host) -> Option<Config> {
         ssh_key_type: draft.ssh_key_type,
         login: connector.login.clone(),
         vmm: draft.vmm,
+        image_policy: draft.image_policy,
+        metrics_file: draft.metrics_file,
+        run_directory: draft.run_directory,
     };
     Some(Config {
         pool,
