@@ -261,7 +261,7 @@ fn images_and_machines_may_have_folders_of_their_own() {
         names.sort();
         names
     };
-    assert_eq!(names(&images), ["generations", "images"]);
+    assert_eq!(names(&images), ["generations", "groups", "images"]);
     assert_eq!(names(&disks), [".instance_data", "snapshots"]);
     // Builders of the same images queue, wherever their machines' disks lie.
     let other = Store::open_apart(&images, &dir.path().join("more")).unwrap();
