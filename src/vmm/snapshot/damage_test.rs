@@ -27,6 +27,32 @@ fn problem(bytes: &[u8]) -> Option<StateProblem> {
 }
 
 #[test]
+fn a_decoded_state_encodes_to_the_same_bytes() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = state_file(directory.path());
+    let host = HostKey::of_this_host().unwrap();
+    let state = read(&mut file.as_slice(), file.len() as u64, &host).unwrap();
+    assert_eq!(encode(&state, &host).unwrap(), file);
+}
+
+/// What fuzzing has found or begins with; `fuzz/README.md` says how they are made.
+#[test]
+fn the_corpus_of_the_fuzzer_is_survived() {
+    let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus/snapshot_state");
+    let mut decoded = 0;
+    for entry in std::fs::read_dir(corpus).unwrap() {
+        let file = std::fs::read(entry.unwrap().path()).unwrap();
+        let _refused_elsewhere = problem(&file);
+        let payload = file.get(HEADER_BYTES..).unwrap_or_default();
+        if let Ok(state) = snapshot::decode(payload) {
+            decoded += 1;
+            let _refused = snapshot::offer_to_devices(state);
+        }
+    }
+    assert!(decoded > 0, "the seeds no longer fit the format");
+}
+
+#[test]
 fn no_byte_of_a_state_file_can_change_and_none_be_missing() {
     let directory = tempfile::tempdir().unwrap();
     let file = state_file(directory.path());

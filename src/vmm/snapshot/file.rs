@@ -7,8 +7,9 @@
 //! ```
 //!
 //! Numbers are little-endian. Nothing of a file is believed before lengths, checksum, version and
-//! host are right; no length in it makes us allocate more than the file is long. A checksum keeps
-//! out damage, not malice: who can write here is root.
+//! host are right. No length in it costs memory that the file does not have, but for the size of a
+//! disk: the map of the largest takes 4 MiB. A checksum keeps out damage, not malice: who can write
+//! here is root.
 
 use std::io::{self, Read};
 

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use crate::vmm::testing::{Code, Running, clone_of, disk_file, overlay_disk, run, spec, try_clone};
 use crate::vmm::{
-    DiskSource, RestoreSpec, SaveError, Snapshot, SnapshotError, StartError, VmEnd, layout,
+    DiskSource, NetSpec, RestoreSpec, SaveError, Snapshot, SnapshotError, StartError, VmEnd, layout,
 };
 
 /// Where a guest keeps what it must find again, and the page tables that lead above 4 GiB.
@@ -487,4 +487,47 @@ fn the_guests_clock_stands_still_while_it_is_paused_or_saved() {
         clone.handle.kill();
         clone.end();
     }
+}
+
+/// A card whose TAP nobody drives.
+fn card(mac: u8) -> NetSpec {
+    let (tap, _other) = std::os::unix::net::UnixDatagram::pair().unwrap();
+    tap.set_nonblocking(true).unwrap();
+    NetSpec {
+        tap: tap.into(),
+        mac: [2, 0, 0, 0, 0, mac],
+        mtu: 1500,
+        link_up: false,
+        vhost: false,
+    }
+}
+
+#[test]
+fn a_clones_network_card_is_its_own() {
+    let bar = layout::BAR_WINDOW + layout::BAR_SIZE;
+    let code = Code::new().store16(layout::ECAM + (1 << 15) + 4, 6);
+    // mov ecx, the last byte of the address; mov al, [rcx]; mov edx, COM1; out dx, al
+    let last = u32::try_from(bar + 0x2005).unwrap().to_le_bytes();
+    let code = code.print("ready").key().raw(&[0xb9]).raw(&last);
+    let code = code.raw(&[0x8a, 0x01, 0xba, 0xf8, 0x03, 0x00, 0x00, 0xee]);
+    let mut spec = spec(&code.power_off());
+    spec.golden = true;
+    spec.net = Some(card(b'g'));
+    let vm = run(spec);
+    vm.wait_for("ready");
+    vm.handle.pause().unwrap();
+    let snapshot = vm.handle.freeze().unwrap();
+    for (mac, shown) in [(b'a', "a"), (b'b', "b")] {
+        let mut spec = RestoreSpec::new("vm1");
+        spec.net = Some(card(mac));
+        let clone = try_clone(spec, &snapshot).unwrap();
+        clone.handle.resume().unwrap();
+        typed(&clone, "x");
+        let console = clone.handle.clone();
+        assert_eq!(clone.end(), VmEnd::PowerOff);
+        assert_eq!(console.console_tail(9), shown);
+    }
+    let without = try_clone(RestoreSpec::new("vm1"), &snapshot).err().unwrap();
+    let expected = SnapshotError::Net { saved: true };
+    assert_eq!(without.to_string(), expected.to_string());
 }

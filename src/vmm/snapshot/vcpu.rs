@@ -184,3 +184,76 @@ fn save_xsave(vcpu: &VcpuFd, bytes: usize) -> Result<Vec<u32>, VcpuStateError> {
     words.extend_from_slice(xsave.as_slice());
     Ok(words)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vmm::boot::Entry;
+    use crate::vmm::{cpu, kvm};
+
+    /// Counters that run on by themselves: TSC, its deadline, Hyper-V's two clocks.
+    const RUNNING: [u32; 4] = [0x10, 0x6e0, 0x4000_0010, 0x4000_0020];
+
+    fn vcpu(index: u8) -> (VmFd, VcpuFd) {
+        let kvm = kvm::open().unwrap();
+        let vm = kvm::create_vm(&kvm).unwrap();
+        let vcpu = vm.create_vcpu(u64::from(index)).unwrap();
+        let supported = cpu::supported(&kvm).unwrap();
+        let entry = Entry {
+            rip: 0x1234_5678,
+            zero_page: 0x9abc,
+        };
+        cpu::configure(&vcpu, index, 2, &supported, &entry).unwrap();
+        (vm, vcpu)
+    }
+
+    fn save((vm, vcpu): &(VmFd, VcpuFd)) -> VcpuState {
+        let msrs = msr::wanted(&kvm::open().unwrap()).unwrap();
+        let state = VcpuState::save(vcpu, xsave_bytes(vm), &msrs).unwrap();
+        assert!(state.is_possible());
+        let stored = postcard::to_allocvec(&state).unwrap();
+        postcard::from_bytes(&stored).unwrap()
+    }
+
+    #[test]
+    fn a_restored_vcpu_saves_as_the_same_state() {
+        for index in [0, 1] {
+            let odd = vcpu(index);
+            let mut regs = odd.1.get_regs().unwrap();
+            (regs.rax, regs.r15) = (7, u64::MAX);
+            odd.1.set_regs(&regs).unwrap();
+            let mut debug = odd.1.get_debug_regs().unwrap();
+            debug.db[3] = 0xdead_beef;
+            odd.1.set_debug_regs(&debug).unwrap();
+            let first = save(&odd);
+            let fresh = vcpu(index);
+            first.restore(&fresh.1, xsave_bytes(&fresh.0)).unwrap();
+            let second = save(&fresh);
+            let comparable = |state: &VcpuState| {
+                let mut state = state.clone();
+                state.msrs.retain(|msr| !RUNNING.contains(&msr.index));
+                state
+            };
+            let (first, second) = (comparable(&first), comparable(&second));
+            assert_eq!(first.msrs, second.msrs);
+            let bytes = |state| postcard::to_allocvec(&state).unwrap();
+            assert_eq!(bytes(first), bytes(second));
+        }
+    }
+
+    #[test]
+    fn a_state_of_another_shape_is_refused() {
+        let (vm, vcpu) = vcpu(0);
+        let good = save(&(vm, vcpu));
+        let (vm, vcpu) = self::vcpu(0);
+        let mut short = good.clone();
+        short.xsave.pop();
+        assert!(short.restore(&vcpu, xsave_bytes(&vm)).is_err());
+        let mut nothing = good.clone();
+        nothing.xsave.clear();
+        assert!(!nothing.is_possible());
+        let mut endless = good;
+        endless.msrs = vec![kvm_msr_entry::default(); msr::MAX_MSRS + 1];
+        assert!(!endless.is_possible());
+    }
+}
