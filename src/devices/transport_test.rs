@@ -710,12 +710,17 @@ fn a_saved_device_goes_on_in_a_restored_one() {
 #[test]
 fn states_that_do_not_fit_are_refused() {
     type Spoil = fn(&mut TransportState);
-    let spoilt: [Spoil; 5] = [
+    let spoilt: [Spoil; 9] = [
         |s| s.queues.truncate(1),
         |s| s.queues.push(QueueSetup::new(16)),
         |s| s.queues[0].max_size = 32,
         |s| s.queues[0].size = 32,
-        |s| s.driver_features |= 1 << 40,
+        // What no driver can write.
+        |s| s.queues[0].size = 0,
+        |s| s.queues[0].size = 3,
+        |s| s.status = DRIVER_OK,
+        |s| s.status = FEATURES_OK,
+        |s| (s.status, s.driver_features) = (FEATURES_OK, (1 << VIRTIO_F_VERSION_1) | (1 << 40)),
     ];
     for spoil in spoilt {
         let machine = Machine::new();
@@ -728,9 +733,7 @@ fn states_that_do_not_fit_are_refused() {
 #[test]
 fn a_stored_queue_that_cannot_be_needs_a_reset() {
     type Spoil = fn(&mut QueueSetup);
-    let spoilt: [Spoil; 5] = [
-        |q| q.size = 0,
-        |q| q.size = 3,
+    let spoilt: [Spoil; 3] = [
         |q| q.desc = u64::MAX,
         |q| q.avail = 1,
         |q| q.used = 2 * MIB,
