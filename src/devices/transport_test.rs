@@ -733,11 +733,7 @@ fn states_that_do_not_fit_are_refused() {
 #[test]
 fn a_stored_queue_that_cannot_be_needs_a_reset() {
     type Spoil = fn(&mut QueueSetup);
-    let spoilt: [Spoil; 3] = [
-        |q| q.desc = u64::MAX,
-        |q| q.avail = 1,
-        |q| q.used = 2 * MIB,
-    ];
+    let spoilt: [Spoil; 3] = [|q| q.desc = u64::MAX, |q| q.avail = 1, |q| q.used = 2 * MIB];
     for spoil in spoilt {
         let mut machine = Machine::new();
         machine.start();

@@ -18,6 +18,8 @@ pub const NUM_BUFFERS_OFFSET: u64 = 10;
 const LINK_HEADER_BYTES: u64 = 14 + 4;
 /// An Ethernet header alone: what the host's stack asks for at least.
 const MIN_FRAME_BYTES: u64 = 14;
+/// Where a sum can start: behind the link header and the shortest IP header. Linux refuses others.
+const MIN_CHECKSUM_START: u64 = 14 + 20;
 /// The largest frame either way: an IP packet of 64 KiB and its link header.
 pub const MAX_FRAME_BYTES: u64 = 65535 + LINK_HEADER_BYTES;
 /// Such a frame with its header, as a buffer.
@@ -28,7 +30,7 @@ pub const MAX_PACKET_BYTES: usize = HEADER_BYTES + 65535 + 14 + 4;
 pub enum Refused {
     /// Shorter than header and link header, or longer than any frame.
     Length,
-    /// Checksum asked for without the feature, or outside the frame.
+    /// Checksum asked for without the feature, or not of what an IP packet carries.
     Checksum,
     /// A segmentation that is unknown, not negotiated, or impossible.
     Segmentation,
@@ -53,7 +55,8 @@ pub fn check(
         let start = u64::from(u16::from_le_bytes([c0, c1]));
         let offset = u64::from(u16::from_le_bytes([o0, o1]));
         // The sum's two bytes lie within the frame.
-        if !has(VIRTIO_NET_F_CSUM) || start + offset + 2 > frame_bytes {
+        if !has(VIRTIO_NET_F_CSUM) || start < MIN_CHECKSUM_START || start + offset + 2 > frame_bytes
+        {
             return Err(Refused::Checksum);
         }
         clean = [1, 0, 0, 0, 0, 0, c0, c1, o0, o1, 0, 0];

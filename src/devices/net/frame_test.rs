@@ -56,6 +56,8 @@ fn a_checksum_lies_within_the_frame_and_was_negotiated() {
     assert_eq!(check(sum(34, 25), 60, ALL), Err(Refused::Checksum));
     let far = sum(u16::MAX, u16::MAX);
     assert_eq!(check(far, 60, ALL), Err(Refused::Checksum));
+    // Before the end of any IP header.
+    assert_eq!(check(sum(33, 16), 60, ALL), Err(Refused::Checksum));
     let without = ALL & !(1 << VIRTIO_NET_F_CSUM);
     assert_eq!(check(sum(34, 16), 60, without), Err(Refused::Checksum));
 }
