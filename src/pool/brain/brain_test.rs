@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use proptest::prelude::*;
 
+use super::image::Task;
 use super::*;
 
 const MAX_SIZE: u32 = 4;
@@ -164,7 +165,7 @@ fn a_refresh_waits_while_memory_is_short_and_a_first_build_does_not() {
 #[test]
 fn without_refreshes_an_image_is_checked_when_asked_for_only() {
     let mut state = state();
-    state.limits.refresh = None;
+    state.image = Image::new(None);
     step(&mut state, at(0), Event::ImageCurrent);
     assert_eq!(step(&mut state, at(0), Event::ImageChecked).actions, []);
     let outcome = step(&mut state, at(0), Event::RefreshNow);
@@ -486,12 +487,12 @@ impl World {
     /// Always a task, or the timer that begins one.
     fn image_is_looked_after(&self, state: &State) {
         let last = self.tickets.last();
-        let armed = state.image.task == ImageTask::Waiting && last == Some(&state.image.ticket);
+        let armed = state.image.task == Task::Waiting && last == Some(&state.image.ticket);
         assert!(
             self.building || armed,
             "nobody will look at the image again"
         );
-        assert_eq!(self.building, state.image.task == ImageTask::Running);
+        assert_eq!(self.building, state.image.task == Task::Running);
     }
 }
 

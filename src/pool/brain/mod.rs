@@ -12,26 +12,22 @@
 //!                 └─┴── until its deadline, then ──────────────────────────────────┘
 //! ```
 //!
-//! Beside the instances there is one image task at a time. It finds, builds and tests what machines
-//! start from; what serves keeps serving meanwhile, and a failed task changes nothing but the time
-//! of the next. A timer that was overtaken carries an old ticket and is ignored.
-//!
-//! ```text
-//!  Running ──ImageChecked──> Waiting (image_refresh; Idle where that is off)
-//!     ^ │                       │
-//!     │ └──ImageFailed──> Waiting (1 to 30 min)
-//!     └──── BuildDue with the last ticket, or RefreshNow ───┘
-//! ```
+//! Beside the instances there is one image task at a time (`image.rs`).
 //!
 //! The provisioner's traps that shape it: a request whose id never appears stays pending for
 //! ever, so every accepted instance is reported alive at least once; `succeeded` holds only ids
 //! of the request; what is gone is shown as deleted a few times and then forgotten.
+
+mod image;
+mod message;
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use super::ids::IdSource;
 use super::spec::{InstanceId, InstanceState};
+use image::Image;
+pub use message::{Action, Answer, Event, MemoryLevel, Outcome, Pause, Why};
 
 /// Updates that show an instance as deleted before it is forgotten: an Update whose stream broke
 /// is dropped by the provisioner as a whole.
@@ -41,15 +37,6 @@ const START_RETRY: Backoff = Backoff {
     first: Duration::from_secs(1),
     longest: Duration::from_secs(60),
 };
-/// The same for a failed build.
-const BUILD_RETRY: Backoff = Backoff {
-    first: Duration::from_secs(60),
-    longest: Duration::from_secs(30 * 60),
-};
-
-/// A refresh of an image that serves does not add to a shortage of memory; it waits this long.
-const SHORT_OF_MEMORY: Duration = Duration::from_secs(60);
-
 /// Time since the pool began. The driver's clock is monotonic.
 pub type Now = Duration;
 
@@ -73,50 +60,6 @@ pub struct Limits {
     pub boot_timeout: Duration,
     /// How long after a check of the image the next one is due; `None` for never.
     pub refresh: Option<Duration>,
-}
-
-/// What machines start from, and the task that looks after it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Image {
-    /// Whether machines can be made.
-    serves: bool,
-    task: ImageTask,
-    /// Failed tasks since the last good one.
-    failures: u32,
-    /// Names the timer that counts.
-    ticket: u64,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum ImageTask {
-    Running,
-    /// For a timer.
-    Waiting,
-    /// Until somebody asks.
-    Idle,
-}
-
-impl Image {
-    /// The task is over: the timer that begins the next.
-    fn wait(&mut self, pause: Duration, why: Pause) -> Vec<Action> {
-        self.ticket = self.ticket.wrapping_add(1);
-        self.task = ImageTask::Waiting;
-        vec![Action::BuildAfter {
-            pause,
-            ticket: self.ticket,
-            why,
-        }]
-    }
-}
-
-/// How much memory the host has left, as the watcher sees it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum MemoryLevel {
-    Enough,
-    /// No new machines.
-    Low,
-    /// One machine must go before the kernel's OOM killer ends the process.
-    Critical,
 }
 
 #[derive(Debug)]
@@ -145,134 +88,13 @@ enum Phase {
     },
 }
 
-/// What happened.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Event {
-    Increase {
-        n: u32,
-        /// Seconds since the epoch, for new ids.
-        epoch_seconds: u64,
-    },
-    Decrease {
-        ids: Vec<String>,
-    },
-    Update,
-    /// There is a generation to start machines from: the first, or another one from now on.
-    ImageCurrent,
-    /// The image task is done, and what serves is what should.
-    ImageChecked,
-    ImageFailed,
-    /// The pause before an image task is over.
-    BuildDue {
-        ticket: u64,
-    },
-    /// The operator wants the image checked now.
-    RefreshNow,
-    /// The pause before another attempt is over.
-    RetryDue {
-        id: InstanceId,
-    },
-    /// The machine answers over SSH.
-    Ready {
-        id: InstanceId,
-    },
-    /// All that the instance held is released, whatever the reason.
-    Released {
-        id: InstanceId,
-        /// Whether the host is to blame in a way that trying again may mend.
-        retry: bool,
-    },
-    Memory(MemoryLevel),
-    Shutdown,
-}
-
-/// What the driver does about it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Action {
-    /// Take a slot and start a machine; ends in `Released` exactly once.
-    Start {
-        id: InstanceId,
-        /// What is left of its deadline.
-        within: Duration,
-    },
-    /// Send `RetryDue` after about this long.
-    StartAfter { id: InstanceId, pause: Duration },
-    /// End the machine; `Released` follows.
-    Stop { id: InstanceId, why: Why },
-    /// Begin the image task; ends in `ImageChecked` or `ImageFailed` exactly once.
-    Build,
-    /// Send `BuildDue` after about this long.
-    BuildAfter {
-        pause: Duration,
-        ticket: u64,
-        why: Pause,
-    },
-    /// The instance will not be tried again.
-    GaveUp { id: InstanceId, attempts: u32 },
-    /// Nothing is known of the instance any more.
-    Forget { id: InstanceId },
-}
-
-/// Why the image task pauses.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Pause {
-    /// It failed.
-    Failure,
-    /// All is well until the next refresh.
-    Refresh,
-    /// The host is short of memory.
-    Memory,
-}
-
-/// Why a machine is stopped.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Why {
-    Asked,
-    OutOfMemory,
-    Shutdown,
-}
-
-/// What the caller is told.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Answer {
-    Nothing,
-    /// How many instances were accepted: at most as many as asked for.
-    Accepted(u32),
-    /// Which of the given ids go or are gone.
-    Going(Vec<String>),
-    Instances(Vec<(InstanceId, InstanceState)>),
-    /// Whether the image task begins now; else it was under way, or the pool is closing.
-    Refresh(bool),
-}
-
-/// Answer and work of one step.
-#[derive(Debug, PartialEq, Eq)]
-pub struct Outcome {
-    pub answer: Answer,
-    pub actions: Vec<Action>,
-}
-
-impl From<Vec<Action>> for Outcome {
-    fn from(actions: Vec<Action>) -> Self {
-        Self {
-            answer: Answer::Nothing,
-            actions,
-        }
-    }
-}
-
 impl State {
     /// A pool without instances whose image task is under way.
     pub fn new(limits: Limits, ids: IdSource) -> Self {
         Self {
             limits,
             ids,
-            image: Image {
-                serves: false,
-                task: ImageTask::Running,
-                failures: 0,
-                ticket: 0,
-            },
+            image: Image::new(limits.refresh),
             memory: MemoryLevel::Enough,
             instances: BTreeMap::new(),
             closing: false,
@@ -346,9 +168,9 @@ pub fn step(state: &mut State, now: Now, event: Event) -> Outcome {
         Event::Decrease { ids } => decrease(state, ids),
         Event::Update => update(state),
         Event::ImageCurrent => image_current(state, now).into(),
-        Event::ImageChecked => image_checked(state).into(),
-        Event::ImageFailed => image_failed(state).into(),
-        Event::BuildDue { ticket } => build_due(state, ticket).into(),
+        Event::ImageChecked => state.image.checked().into(),
+        Event::ImageFailed => state.image.failed().into(),
+        Event::BuildDue { ticket } => state.image.due(ticket, state.memory).into(),
         Event::RefreshNow => refresh_now(state),
         Event::RetryDue { id } => retry(state, now, &id).into(),
         Event::Ready { id } => {
@@ -469,55 +291,11 @@ fn image_current(state: &mut State, now: Now) -> Vec<Action> {
     actions
 }
 
-fn image_checked(state: &mut State) -> Vec<Action> {
-    if state.image.task != ImageTask::Running {
-        return Vec::new();
-    }
-    state.image.failures = 0;
-    match state.limits.refresh {
-        Some(pause) if !state.closing => state.image.wait(pause, Pause::Refresh),
-        _ => {
-            state.image.task = ImageTask::Idle;
-            Vec::new()
-        }
-    }
-}
-
-fn image_failed(state: &mut State) -> Vec<Action> {
-    if state.image.task != ImageTask::Running {
-        return Vec::new();
-    }
-    state.image.failures = state.image.failures.saturating_add(1);
-    if state.closing {
-        state.image.task = ImageTask::Idle;
-        return Vec::new();
-    }
-    let pause = BUILD_RETRY.pause(state.image.failures);
-    state.image.wait(pause, Pause::Failure)
-}
-
-fn build_due(state: &mut State, ticket: u64) -> Vec<Action> {
-    let due = state.image.task == ImageTask::Waiting && state.image.ticket == ticket;
-    if !due || state.closing {
-        return Vec::new();
-    }
-    if state.image.serves && state.memory != MemoryLevel::Enough {
-        return state.image.wait(SHORT_OF_MEMORY, Pause::Memory);
-    }
-    state.image.task = ImageTask::Running;
-    vec![Action::Build]
-}
-
 fn refresh_now(state: &mut State) -> Outcome {
-    let begins = state.image.task != ImageTask::Running && !state.closing;
-    let mut actions = Vec::new();
-    if begins {
-        state.image.task = ImageTask::Running;
-        actions.push(Action::Build);
-    }
+    let begins = state.image.now();
     Outcome {
         answer: Answer::Refresh(begins),
-        actions,
+        actions: begins.then_some(Action::Build).into_iter().collect(),
     }
 }
 
@@ -597,6 +375,7 @@ fn memory(state: &mut State, level: MemoryLevel) -> Vec<Action> {
 
 fn shutdown(state: &mut State) -> Vec<Action> {
     state.closing = true;
+    state.image.close();
     let mut actions = Vec::new();
     for (id, instance) in &mut state.instances {
         match instance.phase {
