@@ -14,6 +14,7 @@ mod forging;
 mod host;
 mod identity;
 mod isolation;
+mod operator;
 mod outside;
 mod plugin;
 mod story;

@@ -17,7 +17,7 @@ use anyhow::{Context, bail};
 use crate::host::Snapshot;
 use crate::outside::{OTHER_HOST_PORT, Outside, PORT, PRIVATE};
 use crate::plugin::{Machine, Plugin};
-use crate::{Place, ending, forging, identity, isolation, say};
+use crate::{Place, ending, forging, identity, isolation, operator, say};
 
 /// What the chapters share.
 pub struct Story {
@@ -33,6 +33,8 @@ pub struct Story {
     pub machine_ids: BTreeSet<String>,
     /// The interface of the machine whose plugin was killed.
     pub killed_tap: String,
+    /// `metrics_file` of the main plugin.
+    pub metrics: PathBuf,
     _scratch: tempfile::TempDir,
 }
 
@@ -46,7 +48,9 @@ impl Story {
         );
         fs::write(&shell, script)?;
         fs::set_permissions(&shell, Permissions::from_mode(0o755))?;
-        let main = Plugin::start("main", &place.executable, &place.config("")?).await?;
+        let metrics = scratch.path().join("main.prom");
+        let settings = place.config(&format!("metrics_file = {metrics:?}"))?;
+        let main = Plugin::start("main", &place.executable, &settings).await?;
         let mut machines = main.machines(1).await?;
         // The image is there: the others need no build. Two at a time, one for each core of the rig.
         let twin = Plugin::start("twin", &place.executable, &place.config("")?).await?;
@@ -70,6 +74,7 @@ impl Story {
             apart_pid,
             machine_ids: BTreeSet::new(),
             killed_tap: String::new(),
+            metrics,
             _scratch: scratch,
         })
     }
@@ -113,6 +118,12 @@ pub async fn tell(place: Place) -> anyhow::Result<()> {
         .note(
             "each machine is somebody of its own",
             identity::each_machine_is_somebody_of_its_own(s),
+        )
+        .await;
+    failed
+        .note(
+            "an operator sees every machine and refreshes without disturbing one",
+            operator::an_operator_sees_every_machine_and_refreshes_without_disturbing_one(s),
         )
         .await;
     failed
