@@ -45,18 +45,17 @@ pub async fn an_operator_sees_every_machine_and_refreshes_without_disturbing_one
     );
     ensure!(generations.len() == 1, "{generations:?}");
 
+    let program = story.place.executable.display().to_string();
+    say(host::run(&format!("{program} status"))?.trim_end());
+
     // A look for something newer finds the same file: machines do not notice.
-    let directory = story.place.data.display().to_string();
-    let refreshed = host::run(&format!(
-        "{} images refresh",
-        story.place.executable.display()
-    ))?;
+    let refreshed = host::run(&format!("{program} images refresh"))?;
     ensure!(
         refreshed.matches("nothing newer").count() == groups.len(),
         "{refreshed}"
     );
     let images = ask(story, "images list --json")?;
-    ensure!(!images.is_empty(), "no image in {directory}");
+    ensure!(!images.is_empty(), "no image");
     for machine in &mut story.machines {
         machine.run("true").await?;
     }
