@@ -9,6 +9,7 @@
 //! `docs/ARCH.md` is the map; `tests/tidy.rs` keeps the arrows.
 
 pub mod agent;
+mod chain;
 pub mod cli;
 pub mod devices;
 pub mod image;

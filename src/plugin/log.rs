@@ -7,6 +7,7 @@
 //! Any thread may log, a vCPU's too, and none of them ever waits for the host to read: one thread
 //! writes, what it cannot take is dropped and counted.
 
+use crate::chain::chain;
 use std::error::Error;
 use std::fmt::{self, Write as _};
 use std::io::{self, IsTerminal, Write};
@@ -217,13 +218,7 @@ impl Visit for Fields {
     }
 
     fn record_error(&mut self, field: &Field, value: &(dyn Error + 'static)) {
-        let mut text = value.to_string();
-        let mut cause = value.source();
-        while let Some(error) = cause {
-            let _infallible = write!(text, ": {error}");
-            cause = error.source();
-        }
-        self.put(field, Value::from(text));
+        self.put(field, Value::from(chain(value)));
     }
 
     fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {

@@ -16,13 +16,14 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
-use super::host::{Host, Machines, chain};
+use super::host::{Host, Machines};
 use super::machine::{self, MachineError};
 use super::spec::{FixedCredential, PoolSpec};
 use super::status::ImageReport;
 use super::view::MachineView;
 use super::vm::{Vm, VmStartError};
 use crate::agent;
+use crate::chain::chain;
 use crate::image::{
     BuildInputs, BuildLock, BuildPlan, BuildProgress, Generation, ImageError, SeedNet, SourceError,
 };

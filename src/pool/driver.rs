@@ -3,6 +3,7 @@
 //! It never waits for a machine, a file or a child: that is done by tasks of their own, which
 //! report back by messages. So each call of the runner is answered from memory.
 
+use crate::chain::chain;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -290,7 +291,7 @@ impl Driver {
             let failure = match task.await {
                 Ok(Ok(())) => None,
                 Ok(Err(BuildError::Closing)) => return,
-                Ok(Err(error)) => Some(super::host::chain(&error)),
+                Ok(Err(error)) => Some(chain(&error)),
                 Err(panic) => Some(format!("the task failed: {panic}")),
             };
             if let Some(reason) = &failure {

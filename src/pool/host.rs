@@ -22,6 +22,7 @@ use super::preflight;
 use super::spec::VmmKind;
 use super::spec::{FixedCredential, PoolSpec};
 use super::status::ImageReport;
+use crate::chain::chain;
 use crate::image::Store;
 use crate::net::{self, Net, Slot, Uplink, forget_connections};
 
@@ -270,18 +271,6 @@ impl Drop for Promise<'_> {
     fn drop(&mut self) {
         self.counter.fetch_sub(self.mib, Ordering::Relaxed);
     }
-}
-
-/// An error with all its causes, on one line.
-pub fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }
 
 /// What `open` found in order.

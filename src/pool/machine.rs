@@ -16,7 +16,7 @@ use tokio::sync::watch;
 
 use super::builder::Current;
 use super::counters::COLD;
-use super::host::{Host, Machines, chain, delta_dir};
+use super::host::{Host, Machines, delta_dir};
 use super::keys::{self, KeyError, KeyPair};
 use super::limits::{self, LimitSources};
 use super::spec::{ConnectInfo, FixedCredential, PoolSpec};
@@ -24,6 +24,7 @@ use super::ssh::{Credential, SshError, SshSession, SshTarget};
 use super::view::MachineView;
 use super::vm::{Vm, VmStartError};
 use crate::agent::{AgentError, AgentLink, Identity};
+use crate::chain::chain;
 use crate::image::ImageError;
 use crate::net::{NetError, Slot, SlotRole};
 use crate::vmm::{DiskSource, DiskSpec, KernelSource, NetSpec, VmEnd, VmSpec};

@@ -12,10 +12,11 @@ use super::builder::{self, BuildError};
 use super::control::server::Server;
 use super::control::{Request, Response};
 use super::driver::Message;
-use super::host::{Host, chain};
+use super::host::Host;
 use super::refresh;
 use super::status::GroupStatus;
 use crate::agent;
+use crate::chain::chain;
 use crate::image::Lineage;
 
 /// The operator's socket; a pool without one works, so that is a warning.

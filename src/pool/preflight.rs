@@ -6,9 +6,10 @@
 use std::fs::File;
 use std::path::Path;
 
-use super::host::{Ready, chain};
+use super::host::Ready;
 use super::limits::{self, Demand, LimitSources};
 use super::spec::PoolSpec;
+use crate::chain::chain;
 use crate::image::{ImageName, Store};
 use crate::net::{self, Net};
 use crate::vmm;

@@ -22,11 +22,12 @@ use std::sync::Arc;
 use tokio::sync::watch;
 
 use super::builder::{self, BuildError, Current};
-use super::host::{Host, chain};
+use super::host::Host;
 use super::spec::OnChange;
 use super::status::epoch;
 use super::vendor;
 use crate::agent;
+use crate::chain::chain;
 use crate::image::{BuildInputs, Generation};
 
 /// Is told what machines start from; `None` where they need no image.

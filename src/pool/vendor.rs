@@ -6,9 +6,10 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 
 use super::builder::BuildError;
-use super::host::{Host, chain};
+use super::host::Host;
 use super::machine;
 use super::status::ImageReport;
+use crate::chain::chain;
 use crate::image::{self, LocalImage, SourceProgress};
 
 /// The vendor's image as a verified local file.

@@ -20,6 +20,7 @@ use super::platform::{Events, Platform};
 use super::spec::{AGENT_PORT, BootPhase, DiskSource, DiskSpec, NetSpec, VmEnd};
 use super::timeline::Timeline;
 use super::vcpu::Ending;
+use crate::chain::chain;
 use crate::devices::balloon::Balloon;
 use crate::devices::block::{Block, BlockSpec, Disk, Golden, Overlay};
 use crate::devices::console::{Console, ConsoleConfig, ConsoleSink};
@@ -101,21 +102,9 @@ pub(super) fn delta_bytes(disks: &[DiskFile]) -> u64 {
 fn on_fault(ending: &Arc<Ending>) -> OnHostFault {
     let ending = Arc::clone(ending);
     Arc::new(move |fault: HostFault| {
-        let reason = describe(&fault);
+        let reason = chain(&fault);
         ending.record(VmEnd::HostFault { reason });
     })
-}
-
-/// A fault with its causes.
-pub(super) fn describe(fault: &dyn std::error::Error) -> String {
-    let mut text = fault.to_string();
-    let mut cause = fault.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }
 
 /// Builds a VM's devices; nothing runs yet.

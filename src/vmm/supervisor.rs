@@ -16,7 +16,7 @@ use kvm_bindings::kvm_clock_data;
 use kvm_ioctls::{VcpuFd, VmFd};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-use super::assemble::{BalloonMeter, DiskFile, delta_bytes, describe};
+use super::assemble::{BalloonMeter, DiskFile, delta_bytes};
 use super::error::StartError;
 use super::gate::Wanted;
 use super::handle::{Outcome, Request, VmStats};
@@ -28,6 +28,7 @@ use super::snapshot::set_clock;
 use super::spec::{BootPhase, VmEnd};
 use super::vcpu::{self, Shared};
 use super::vm::OnEnd;
+use crate::chain::chain;
 use crate::devices::console::ConsoleSink;
 use crate::devices::{DeviceCommand, DeviceKind};
 
@@ -172,7 +173,7 @@ impl Machine {
             return;
         };
         if let Err(fault) = function.command(command) {
-            let reason = describe(&fault);
+            let reason = chain(&fault);
             self.shared.ending.record(VmEnd::HostFault { reason });
         }
     }

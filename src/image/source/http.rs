@@ -4,6 +4,7 @@
 //! as for other programs, from SSL_CERT_FILE and SSL_CERT_DIR instead. A redirect may lead
 //! elsewhere but never away from https.
 
+use crate::chain::chain;
 use std::error::Error;
 use std::fmt;
 use std::future::Future;
@@ -167,7 +168,7 @@ impl Client {
         tracing::info!(
             wait_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX),
             "trying again: {}",
-            with_causes(&error)
+            chain(&error)
         );
         tokio::time::sleep(wait).await;
         Ok(())
@@ -271,15 +272,4 @@ fn failed(url: &Url, error: reqwest::Error) -> SourceError {
         url: url.to_string(),
         source: error.without_url(),
     }
-}
-
-/// An error with all its causes, on one line.
-fn with_causes(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    text
 }
