@@ -7,7 +7,6 @@
 //! Any thread may log, a vCPU's too, and none of them ever waits for the host to read: one thread
 //! writes, what it cannot take is dropped and counted.
 
-use crate::chain::chain;
 use std::error::Error;
 use std::fmt::{self, Write as _};
 use std::io::{self, IsTerminal, Write};
@@ -22,6 +21,8 @@ use tracing::field::{Field, Visit};
 use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
 use tracing_subscriber::{EnvFilter, Registry};
+
+use crate::chain::chain;
 
 /// Overrides which lines are written, in `tracing-subscriber`'s syntax.
 pub const FILTER_VARIABLE: &str = "FLEETINGD_LOG";

@@ -3,7 +3,6 @@
 //! It never waits for a machine, a file or a child: that is done by tasks of their own, which
 //! report back by messages. So each call of the runner is answered from memory.
 
-use crate::chain::chain;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -23,6 +22,7 @@ use super::refresh;
 use super::spec::{ConnectInfo, InstanceId, InstanceState, PoolError};
 use super::status::{GroupStatus, InstanceStatus};
 use super::view::{Glance, MachineView};
+use crate::chain::chain;
 
 /// How often the host's rules and idle slots are looked after.
 const HOUSEKEEPING: Duration = Duration::from_secs(10);

@@ -4,7 +4,6 @@
 //! as for other programs, from SSL_CERT_FILE and SSL_CERT_DIR instead. A redirect may lead
 //! elsewhere but never away from https.
 
-use crate::chain::chain;
 use std::error::Error;
 use std::fmt;
 use std::future::Future;
@@ -16,6 +15,7 @@ use reqwest::{Client as HttpClient, Response, Url, redirect};
 use rustls::{ClientConfig, RootCertStore};
 
 use super::SourceError;
+use crate::chain::chain;
 
 const MAX_REDIRECTS: usize = 10;
 
