@@ -273,17 +273,6 @@ impl Drop for Promise<'_> {
     }
 }
 
-/// What `open` found in order.
-#[derive(Debug)]
-pub struct Ready {
-    pub net: Net,
-    pub store: Store,
-    pub agent: File,
-    pub group: String,
-    pub group_lock: crate::net::Lock,
-    pub warnings: Vec<String>,
-}
-
 /// Where deltas of workers' disks are made.
 pub fn delta_dir(spec: &PoolSpec) -> PathBuf {
     spec.disk_directory.clone()

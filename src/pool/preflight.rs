@@ -6,12 +6,11 @@
 use std::fs::File;
 use std::path::Path;
 
-use super::host::Ready;
 use super::limits::{self, Demand, LimitSources};
 use super::spec::PoolSpec;
 use crate::chain::chain;
 use crate::image::{ImageName, Store};
-use crate::net::{self, Net};
+use crate::net::{self, Lock, Net};
 use crate::vmm;
 
 /// Free space that the store needs beside the image itself, in MiB: kernel, seed and deltas.
@@ -19,6 +18,17 @@ const ROOM_MIB: u64 = 1024;
 
 /// What a vendor's qcow2 takes, before anybody has asked how much it is.
 const VENDORS_MIB: u64 = 700;
+
+/// What was found in order, and what is held from now on.
+#[derive(Debug)]
+pub struct Ready {
+    pub net: Net,
+    pub store: Store,
+    pub agent: File,
+    pub group: String,
+    pub group_lock: Lock,
+    pub warnings: Vec<String>,
+}
 
 /// Checks everything and takes what this process needs of the host.
 pub async fn run(spec: &PoolSpec) -> Result<Ready, Vec<String>> {
