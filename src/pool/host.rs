@@ -4,7 +4,6 @@
 //! behind an async lock because slots are made by netlink and nft one at a time anyhow; nothing
 //! that answers the runner ever takes it.
 
-use std::error::Error;
 use std::fs::File;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
@@ -108,7 +107,7 @@ impl Host {
     #[cfg(feature = "test-vmm")]
     fn fake(spec: PoolSpec) -> Result<Self, Vec<String>> {
         let group = spec.group.clone().unwrap_or_else(|| "fake".to_owned());
-        let problem = |e: &dyn Error| vec![chain(e)];
+        let problem = |e: &dyn std::error::Error| vec![chain(e)];
         let (lock, store) = match &spec.run_directory {
             Some(dir) => {
                 let lock = net::lock_group_in(dir, &group).map_err(|e| problem(&e))?;
