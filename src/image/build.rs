@@ -17,8 +17,8 @@ use super::inputs::open_image;
 use super::seed::{self, Content};
 use super::store::{BUILD_PREFIX, FileIdentity};
 use super::{
-    BuildInputs, BuildLock, Generation, GenerationKey, ImageError, Lineage, PrebuildOnError,
-    RunnerSource, SeedNet, Store, convert, outcome, template,
+    BuildInputs, BuildLock, Contents, Generation, GenerationKey, ImageError, Lineage,
+    PrebuildOnError, RunnerSource, SeedNet, Store, convert, outcome, template,
 };
 
 const SEED: &str = "seed.img";
@@ -51,7 +51,7 @@ pub struct BuildPlan {
     /// The kernel's `root=`, such as `PARTUUID=...`.
     pub root: String,
     pub key: GenerationKey,
-    lineage: Lineage,
+    made: (Lineage, Contents),
     commands: Vec<ShellCommand>,
     on_command_error: PrebuildOnError,
     workdir: Workdir,
@@ -122,7 +122,7 @@ impl Store {
             initrd: boot.initrd.is_some().then(|| dir.at(INITRD)),
             root: view.root_argument().to_owned(),
             key,
-            lineage: inputs.lineage(),
+            made: (inputs.lineage(), inputs.contents(self)?),
             commands: inputs.commands(),
             on_command_error: inputs.on_command_error,
             workdir,
@@ -151,7 +151,7 @@ impl Store {
             kernel_release: boot.release,
             warnings,
         };
-        self.publish(plan.workdir, &plan.key, plan.lineage, guest)
+        self.publish(plan.workdir, &plan.key, plan.made, guest)
     }
 
     /// Writes the manifest and gives a build's folder its name.
@@ -159,12 +159,12 @@ impl Store {
         &self,
         mut workdir: Workdir,
         key: &GenerationKey,
-        lineage: Lineage,
+        made: (Lineage, Contents),
         guest: GuestFacts,
     ) -> Result<Generation, ImageError> {
         let dir = workdir.dir()?;
         sync_files(dir)?;
-        Manifest::describe(dir, key, lineage, guest)?.write(dir)?;
+        Manifest::describe(dir, key, made, guest)?.write(dir)?;
         let name = key.as_str();
         if self.generations.existing(name)?.is_some() {
             // It was not intact, or nobody would have built it again.
@@ -201,7 +201,8 @@ impl Store {
             kernel_release: "none".to_owned(),
             warnings: Vec::new(),
         };
-        self.publish(workdir, &key, inputs.lineage(), guest)
+        let made = (inputs.lineage(), inputs.contents(self)?);
+        self.publish(workdir, &key, made, guest)
     }
 }
 

@@ -6,7 +6,7 @@
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
-use std::io::{self, Read, Write};
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt};
 use std::path::{Component, Path, PathBuf};
@@ -179,9 +179,26 @@ impl Dir {
         self.sync()
     }
 
+    /// Adds to the end of a small file, which is made if it is not there, and makes that durable.
+    pub fn append(&self, name: &str, bytes: &[u8]) -> Result<(), ImageError> {
+        let mut file = self.open_or_create(name)?;
+        fault::point();
+        file.seek(SeekFrom::End(0))
+            .and_then(|_end| file.write_all(bytes))
+            .and_then(|()| file.sync_data())
+            .map_err(ImageError::file("write", &self.at(name)))
+    }
+
     pub fn rename(&self, from: &str, to: &str) -> Result<(), ImageError> {
         fault::point();
         rustix::fs::renameat(&self.fd, from, &self.fd, to)
+            .map_err(|e| ImageError::file("rename", &self.at(from))(e.into()))
+    }
+
+    /// Moves a file or folder into another folder of the same file system.
+    pub fn rename_into(&self, from: &str, parent: &Self, to: &str) -> Result<(), ImageError> {
+        fault::point();
+        rustix::fs::renameat(&self.fd, from, &parent.fd, to)
             .map_err(|e| ImageError::file("rename", &self.at(from))(e.into()))
     }
 

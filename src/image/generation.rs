@@ -10,32 +10,37 @@ use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 
 use super::dir::Dir;
-use super::{GenerationKey, ImageError, Lineage};
+use super::{Contents, GenerationKey, ImageError, Lineage};
 
 pub const DISK: &str = "disk.raw";
 pub const VMLINUZ: &str = "vmlinuz";
 pub const VMLINUX: &str = "vmlinux";
 pub const INITRD: &str = "initrd";
 pub const MANIFEST: &str = "manifest.json";
+/// Every file that workers start from.
+pub const FILES: [&str; 4] = [DISK, VMLINUZ, VMLINUX, INITRD];
 /// There once a worker came up from it.
 const TESTED: &str = "tested";
 /// The version that this program reads and writes.
 const VERSION: u32 = 2;
-const MAX_MANIFEST: u64 = 64 << 10;
+pub const MAX_MANIFEST: u64 = 64 << 10;
 
 /// What `manifest.json` says. Written last, so a folder without it is no generation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Manifest {
     version: u32,
     key: String,
-    lineage: Lineage,
+    pub lineage: Lineage,
+    /// Not told by versions that did not push.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub contents: Option<Contents>,
     /// Seconds since the epoch.
     sealed_at: u64,
     /// The kernel's `root=`.
     root: String,
     /// The kernel's release, such as 6.1.0-40-cloud-amd64.
     kernel_release: String,
-    files: Vec<ManifestFile>,
+    pub files: Vec<ManifestFile>,
     /// What went wrong in the prebuild without failing it.
     warnings: Vec<String>,
 }
@@ -50,9 +55,9 @@ pub struct GuestFacts {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct ManifestFile {
-    name: String,
-    bytes: u64,
+pub struct ManifestFile {
+    pub name: String,
+    pub bytes: u64,
 }
 
 impl Manifest {
@@ -60,11 +65,12 @@ impl Manifest {
     pub fn describe(
         dir: &Dir,
         key: &GenerationKey,
-        lineage: Lineage,
+        made: (Lineage, Contents),
         guest: GuestFacts,
     ) -> Result<Self, ImageError> {
+        let (lineage, contents) = made;
         let mut files = Vec::new();
-        for name in [DISK, VMLINUZ, VMLINUX, INITRD] {
+        for name in FILES {
             if let Some(bytes) = file_len(dir, name)? {
                 let name = name.to_owned();
                 files.push(ManifestFile { name, bytes });
@@ -74,6 +80,7 @@ impl Manifest {
             version: VERSION,
             key: key.as_str().to_owned(),
             lineage,
+            contents: Some(contents),
             sealed_at: SystemTime::now()
                 .duration_since(UNIX_EPOCH)
                 .map_or(0, |since| since.as_secs()),
@@ -95,6 +102,22 @@ impl Manifest {
         Ok(bytes.and_then(|bytes| serde_json::from_slice(&bytes).ok()))
     }
 
+    /// One that came from elsewhere; why it is of no use otherwise.
+    pub fn foreign(bytes: &[u8]) -> Result<Self, String> {
+        let manifest: Self = serde_json::from_slice(bytes).map_err(|e| e.to_string())?;
+        match manifest.version {
+            VERSION => Ok(manifest),
+            other => Err(format!("version {other}, this program reads {VERSION}")),
+        }
+    }
+
+    /// The same under another name and for another configuration.
+    pub fn renamed(mut self, key: &GenerationKey, lineage: Lineage) -> Self {
+        key.as_str().clone_into(&mut self.key);
+        self.lineage = lineage;
+        self
+    }
+
     fn has(&self, name: &str) -> bool {
         self.files.iter().any(|file| file.name == name)
     }
@@ -105,7 +128,7 @@ impl Manifest {
             return Ok(false);
         }
         for file in &self.files {
-            let plain = [DISK, VMLINUZ, VMLINUX, INITRD].contains(&file.name.as_str());
+            let plain = FILES.contains(&file.name.as_str());
             if !plain || file_len(dir, &file.name)? != Some(file.bytes) {
                 return Ok(false);
             }
@@ -139,6 +162,8 @@ pub struct Generation {
     pub root: String,
     pub kernel_release: String,
     pub lineage: Lineage,
+    /// Not told where a former version sealed it.
+    pub contents: Option<Contents>,
     /// Seconds since the epoch.
     pub sealed_at: u64,
     /// Whether a worker has come up from it.
@@ -171,6 +196,7 @@ impl Generation {
             initrd: manifest.has(INITRD).then(|| dir.at(INITRD)),
             tested: dir.open(TESTED)?.is_some(),
             lineage: manifest.lineage,
+            contents: manifest.contents,
             sealed_at: manifest.sealed_at,
             root: manifest.root,
             kernel_release: manifest.kernel_release,
@@ -181,9 +207,24 @@ impl Generation {
 
     /// The disk, opened for reading through the held folder, whatever its path leads to by now.
     pub fn open_disk(&self) -> Result<File, ImageError> {
-        self.held.open(DISK)?.ok_or_else(|| {
-            ImageError::file("open", &self.disk)(std::io::ErrorKind::NotFound.into())
+        self.open_file(DISK)
+    }
+
+    /// One of its files, in the same way.
+    pub(super) fn open_file(&self, name: &str) -> Result<File, ImageError> {
+        self.held.open(name)?.ok_or_else(|| {
+            ImageError::file("open", &self.dir.join(name))(std::io::ErrorKind::NotFound.into())
         })
+    }
+
+    /// `manifest.json` as it is, and what it says.
+    pub(super) fn manifest(&self) -> Result<(Vec<u8>, Manifest), ImageError> {
+        let path = self.dir.join(MANIFEST);
+        let bytes = self.held.read_small(MANIFEST, MAX_MANIFEST)?;
+        let bytes = bytes.unwrap_or_default();
+        let manifest = serde_json::from_slice(&bytes)
+            .map_err(|e| ImageError::file("read", &path)(e.into()))?;
+        Ok((bytes, manifest))
     }
 
     /// What its files take on storage, in bytes; holes take nothing.

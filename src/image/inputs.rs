@@ -47,6 +47,11 @@ impl GenerationKey {
         plain.then(|| Self(name.to_owned()))
     }
 
+    /// The key of what has its name by a digest: 64 hexadecimal digits.
+    pub(super) fn from_digest(hex: &str) -> Self {
+        Self(hex.to_owned())
+    }
+
     #[cfg(test)]
     pub fn for_test(name: &str) -> Self {
         Self(name.to_owned())
@@ -77,13 +82,8 @@ impl BuildInputs {
         hash.add(self.username.as_bytes());
         hash.add(self.password.as_deref().unwrap_or_default().as_bytes());
         hash.add(&self.agent_protocol.to_le_bytes());
-        match &self.runner {
-            RunnerSource::Binary(path) => {
-                let file = File::open(path).map_err(ImageError::file("open", path))?;
-                hash.add(store.hashes().content_hash(path, &file)?.as_bytes());
-            }
-            RunnerSource::Package => hash.add(b"package"),
-        }
+        let runner = self.runner_sha256(store)?;
+        hash.add(runner.as_deref().unwrap_or("package").as_bytes());
         for text in template::fingerprint_texts(self)? {
             hash.add(text.as_bytes());
         }

@@ -25,6 +25,17 @@ impl Lineage {
         self.config == other.config && self.login == other.login
     }
 
+    /// The same where no configuration has asked for it: `name` tells it from all others.
+    pub(super) fn of_nobody(&self, name: &str) -> Self {
+        let mut config = Fields::new();
+        config.add(b"fleetingd pulled 1");
+        config.add(name.as_bytes());
+        Self {
+            config: config.finish(),
+            ..self.clone()
+        }
+    }
+
     /// Whether the runner can log in to machines of both.
     pub fn same_login(&self, other: &Self) -> bool {
         self.login == other.login

@@ -14,6 +14,7 @@
 
 mod build;
 mod commands;
+mod contents;
 mod convert;
 #[cfg(test)]
 mod crash_test;
@@ -28,6 +29,7 @@ mod lineage;
 mod outcome;
 mod partitions;
 mod record;
+pub mod registry;
 mod seed;
 mod source;
 mod store;
@@ -41,6 +43,7 @@ use std::path::PathBuf;
 pub use reqwest::Url;
 
 pub use build::{BuildPlan, BuildProgress, Unpack};
+pub use contents::Contents;
 pub use error::ImageError;
 pub use generation::Generation;
 pub use inputs::{BuildInputs, GenerationKey};

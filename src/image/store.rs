@@ -9,6 +9,8 @@
 //!  <dir>/generations/<key>/     sealed; shared flock: in use
 //!  <dir>/generations/.build-*   half built; exclusive flock: its builder lives
 //!  <dir>/generations/.old-*     on its way out
+//!  <dir>/pulls/<digest>/        half fetched from a registry; exclusive flock: its fetcher lives
+//!  <dir>/pulls/accepted-*.json  what was taken last under a name in a registry
 //!  <dir>/groups/<group>.json    what each group has served
 //!  <dir>/snapshots/             of this host's golden workers
 //!  <dir>/.instance_data/        consoles
@@ -37,6 +39,7 @@ use super::{GenerationKey, ImageError};
 pub(super) const BUILD_PREFIX: &str = ".build-";
 pub(super) const OLD_PREFIX: &str = ".old-";
 const BUILD_LOCK: &str = "build.lock";
+const PULLS: &str = "pulls";
 const HASHES: &str = "hashes.json";
 /// Contents remembered at most; the oldest go first.
 const MAX_HASHES: usize = 64;
@@ -193,6 +196,11 @@ impl Store {
     /// Where images lie.
     pub(super) fn images(&self) -> Arc<Dir> {
         Arc::clone(&self.images)
+    }
+
+    /// What comes from registries; made when first something does.
+    pub(super) fn pulls(&self) -> Result<Arc<Dir>, ImageError> {
+        self.base.sub(PULLS).map(Arc::new)
     }
 
     /// What is remembered of contents, to be asked from any thread.

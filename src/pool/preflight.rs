@@ -125,7 +125,7 @@ fn check_limits(
 fn check_disk(spec: &PoolSpec, problems: &mut Vec<String>, warnings: &mut Vec<String>) {
     let image_mib = match &spec.image.image {
         ImageName::Path(path) => std::fs::metadata(path).map_or(0, |meta| meta.len() >> 20),
-        ImageName::Url(_) | ImageName::Vendor(_) => VENDORS_MIB,
+        ImageName::Url(_) | ImageName::Vendor(_) | ImageName::Registry(_) => VENDORS_MIB,
     };
     // A vendor's qcow2 unpacks to some four times its size, and the prebuild adds to that.
     let wanted = image_mib.saturating_mul(4) + ROOM_MIB;

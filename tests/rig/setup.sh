@@ -4,7 +4,7 @@
 SETUP_PACKAGES=(
     musl-tools nftables iproute2 qemu-system-x86 qemu-utils busybox-static cpio kmod mmdebstrap
     debian-archive-keyring dosfstools mtools e2fsprogs fdisk iperf3 fio zstd xz-utils lz4
-    openssh-client openssl ca-certificates curl gcc libc6-dev make git procps util-linux
+    docker-registry openssh-client openssl ca-certificates curl gcc libc6-dev make git procps util-linux
 )
 MUSL=x86_64-unknown-linux-musl
 

@@ -25,6 +25,9 @@ pub enum SourceError {
     #[error("an image by URL needs its checksum; hint: vm_image_sha256 = \"...\"")]
     NoChecksum,
 
+    #[error("{name} is a prepared image, which nothing is built from")]
+    Prepared { name: String },
+
     // The way there.
     #[error(
         "cannot reach {url}; hint: is a proxy needed (HTTPS_PROXY in the runner's environment), or image_mirror?"

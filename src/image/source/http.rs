@@ -11,13 +11,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use reqwest::header::{CONTENT_TYPE, HeaderMap};
-use reqwest::{Client as HttpClient, Response, Url, redirect};
+use reqwest::{Client as HttpClient, ClientBuilder, Response, Url, redirect};
 use rustls::{ClientConfig, RootCertStore};
 
 use super::SourceError;
 use crate::chain::chain;
 
 const MAX_REDIRECTS: usize = 10;
+/// What servers see of us.
+pub const USER_AGENT: &str = concat!("fleetingd/", env!("CARGO_PKG_VERSION"));
 
 /// How patient a client is.
 #[derive(Debug, Clone, Copy)]
@@ -47,7 +49,7 @@ impl Patience {
     const LONGEST_WAIT: Duration = Duration::from_secs(30);
 
     /// The wait after this many tries, give or take a quarter so that hosts do not keep step.
-    fn wait(&self, tries: u32) -> Duration {
+    pub fn wait(&self, tries: u32) -> Duration {
         let doublings = 1_u32
             .checked_shl(tries.saturating_sub(1))
             .unwrap_or(u32::MAX);
@@ -67,35 +69,11 @@ pub struct Client {
 impl Client {
     /// With the host's certificate authorities. Blocks while it reads them.
     pub fn new(patience: Patience) -> Result<Self, SourceError> {
-        let found = rustls_native_certs::load_native_certs();
-        let mut roots = RootCertStore::empty();
-        let (usable, _unusable) = roots.add_parsable_certificates(found.certs);
-        if usable == 0 {
-            let problems = found.errors.iter().map(|e| format!(": {e}"));
-            return Err(SourceError::NoAuthorities {
-                detail: problems.take(3).collect(),
-            });
-        }
-        for problem in &found.errors {
-            tracing::warn!("certificate authorities: {problem}");
-        }
-        Self::with_roots(roots, patience)
+        Self::with_roots(authorities()?, patience)
     }
 
     pub fn with_roots(roots: RootCertStore, patience: Patience) -> Result<Self, SourceError> {
-        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let tls = ClientConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()
-            .map_err(|e| SourceError::Client(e.into()))?
-            .with_root_certificates(roots)
-            .with_no_client_auth();
-        let http = HttpClient::builder()
-            .tls_backend_preconfigured(tls)
-            .user_agent(concat!("fleetingd/", env!("CARGO_PKG_VERSION")))
-            .https_only(true)
-            .redirect(redirect::Policy::custom(only_https))
-            .connect_timeout(patience.connect)
-            .read_timeout(patience.silence)
+        let http = builder(roots, patience)?
             .build()
             .map_err(|e| SourceError::Client(e.into()))?;
         Ok(Self { http, patience })
@@ -173,6 +151,40 @@ impl Client {
         tokio::time::sleep(wait).await;
         Ok(())
     }
+}
+
+/// The host's certificate authorities. Blocks while it reads them.
+pub fn authorities() -> Result<RootCertStore, SourceError> {
+    let found = rustls_native_certs::load_native_certs();
+    let mut roots = RootCertStore::empty();
+    let (usable, _unusable) = roots.add_parsable_certificates(found.certs);
+    if usable == 0 {
+        let problems = found.errors.iter().map(|e| format!(": {e}"));
+        return Err(SourceError::NoAuthorities {
+            detail: problems.take(3).collect(),
+        });
+    }
+    for problem in &found.errors {
+        tracing::warn!("certificate authorities: {problem}");
+    }
+    Ok(roots)
+}
+
+/// A client that trusts these and goes over https only.
+pub fn builder(roots: RootCertStore, patience: Patience) -> Result<ClientBuilder, SourceError> {
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let tls = ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .map_err(|e| SourceError::Client(e.into()))?
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    Ok(HttpClient::builder()
+        .tls_backend_preconfigured(tls)
+        .user_agent(USER_AGENT)
+        .https_only(true)
+        .redirect(redirect::Policy::custom(only_https))
+        .connect_timeout(patience.connect)
+        .read_timeout(patience.silence))
 }
 
 /// The next bytes of a body of which `have` have come.

@@ -17,13 +17,13 @@ mod checksum;
 mod debian;
 mod download;
 mod error;
-mod http;
+pub(super) mod http;
 mod name;
 mod offer;
-mod openpgp;
+pub(super) mod openpgp;
 mod shelf;
 #[cfg(test)]
-mod testing;
+pub(super) mod testing;
 mod ubuntu;
 
 use std::fs::File;
@@ -103,6 +103,9 @@ pub async fn stored(
     match &source.image {
         ImageName::Path(path) => operators_own(path, &shelf).await.map(Some),
         ImageName::Url(_) => shelf.find(source.pinned()?).await,
+        ImageName::Registry(name) => Err(SourceError::Prepared {
+            name: name.to_string(),
+        }),
         ImageName::Vendor(vendor) => shelf.last(vendor).await,
     }
 }
@@ -115,6 +118,9 @@ async fn obtain_with(
 ) -> Result<LocalImage, SourceError> {
     match &source.image {
         ImageName::Path(path) => operators_own(path, shelf).await,
+        ImageName::Registry(name) => Err(SourceError::Prepared {
+            name: name.to_string(),
+        }),
         ImageName::Url(url) => {
             let checksum = source.pinned()?;
             // There is no newer one than the one that is named by its content.

@@ -8,6 +8,7 @@ use reqwest::Url;
 
 use super::SourceError;
 use super::checksum::Checksum;
+use crate::image::registry::RegistryName;
 
 /// Debian's releases, whose folders are named by codename alone.
 const DEBIAN: [(&str, &str); 4] = [
@@ -57,6 +58,8 @@ pub enum ImageName {
     Url(Url),
     /// What a vendor offers newest of a release.
     Vendor(Vendor),
+    /// A prepared image in a registry.
+    Registry(RegistryName),
 }
 
 /// A vendor that publishes images in a way known here.
@@ -96,6 +99,9 @@ impl FromStr for ImageName {
         }
         if text.starts_with("http://") {
             return Err("plain http is not safe: use https".to_owned());
+        }
+        if text.starts_with("oci://") {
+            return text.parse().map(Self::Registry);
         }
         let (vendor, release) = match text.split_once(':') {
             Some((vendor, release)) => (vendor, Some(release)),
@@ -172,6 +178,7 @@ impl fmt::Display for ImageName {
             Self::Path(path) => write!(f, "{}", path.display()),
             Self::Url(url) => write!(f, "{url}"),
             Self::Vendor(vendor) => write!(f, "{vendor}"),
+            Self::Registry(name) => write!(f, "{name}"),
         }
     }
 }
@@ -205,6 +212,7 @@ mod tests {
             "debian:13",
             "/srv/image.qcow2",
             "https://example.org/image.qcow2",
+            "oci://registry.example.org/image:1",
         ] {
             assert_eq!(parse(text).unwrap().to_string(), text);
         }
@@ -226,6 +234,8 @@ mod tests {
             "http://example.org/image.qcow2",
             "https://",
             "file:///etc/passwd",
+            "oci://image:1",
+            "oci://registry.example.org/image",
         ] {
             assert!(parse(text).is_err(), "{text}");
         }

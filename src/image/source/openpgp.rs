@@ -48,6 +48,17 @@ impl Keyring {
         Ok(keyring)
     }
 
+    /// The keys of the operator's file, and no others.
+    pub fn of_operator(path: &Path) -> Result<Self, SourceError> {
+        let mut keyring = Self::default();
+        let added = read_keyring(path).and_then(|bytes| keyring.add(&bytes));
+        added.map_err(|reason| SourceError::Keyring {
+            path: path.to_owned(),
+            reason,
+        })?;
+        Ok(keyring)
+    }
+
     /// Adds all keys of a keyring, armored or not.
     pub fn add(&mut self, bytes: &[u8]) -> Result<(), String> {
         let (keys, _armor) =

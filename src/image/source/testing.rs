@@ -57,6 +57,11 @@ impl Signer {
         public.to_armored_bytes(ArmorOptions::default()).unwrap()
     }
 
+    /// The secret key, armored.
+    pub fn secret(&self) -> Vec<u8> {
+        self.key.to_armored_bytes(ArmorOptions::default()).unwrap()
+    }
+
     /// The public key, with subkeys that somebody else has bound.
     pub fn public_with_subkeys_of(&self, other: &Self) -> Vec<u8> {
         let mut public = SignedPublicKey::from(self.key.clone());
