@@ -24,6 +24,7 @@ use super::view::MachineView;
 use super::vm::{Vm, VmStartError};
 use crate::agent;
 use crate::chain::chain;
+use crate::image::registry::RegistryError;
 use crate::image::{
     BuildInputs, BuildLock, BuildPlan, BuildProgress, Generation, ImageError, SeedNet, SourceError,
 };
@@ -62,6 +63,8 @@ pub enum BuildError {
     Outdated(#[source] SourceError),
     #[error(transparent)]
     Image(#[from] ImageError),
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
     #[error("no slot for the prebuild")]
     Slot(#[source] NetError),
     #[error("cannot start the prebuild")]

@@ -31,6 +31,7 @@ mod operator;
 mod prebuild;
 mod preflight;
 mod refresh;
+mod registry;
 pub mod spec;
 pub mod ssh;
 pub mod status;

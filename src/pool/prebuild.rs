@@ -14,7 +14,7 @@ use super::builder::BuildError;
 use super::host::Host;
 use super::spec::PoolSpec;
 use super::status::ImageStatus;
-use super::{builder, refresh, vendor};
+use super::{builder, refresh};
 use crate::image::Generation;
 use crate::vmm::VmHandle;
 
@@ -86,10 +86,7 @@ async fn prepare(
 ) -> Result<Prebuilt, BuildError> {
     let mut inputs = builder::inputs(host).ok_or(BuildError::Closing)?;
     host.image.enter("checking");
-    // Held until the build is done: its file stays that long.
-    let image = vendor::local_image(host, &mut closing).await?;
-    inputs.image.clone_from(&image.path);
-    let generation = refresh::obtain(host, &Arc::new(inputs), &mut closing).await?;
+    let (generation, _outdated) = refresh::newest(host, &mut inputs, &mut closing).await?;
     let made = generation.clone();
     refresh::with_store(host, move |store, _own| {
         Ok(store.keep_prebuilt(&group, &made, super::status::epoch())?)

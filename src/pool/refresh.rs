@@ -5,6 +5,8 @@
 //!     │ no
 //!     ├─> nothing serves yet: the last generation that may stand in does, at once
 //!     v
+//!  in a registry? ──yes──> fetched, unless it is here ────────────────┐
+//!     │ no                                                             v
 //!  source ─> local file ─> key ─> sealed? ──no──> whose turn is it? ─> build
 //!                                   │ yes                                │
 //!                                   v                                    v
@@ -25,10 +27,10 @@ use super::builder::{self, BuildError, Current};
 use super::host::Host;
 use super::spec::OnChange;
 use super::status::epoch;
-use super::vendor;
+use super::{registry, vendor};
 use crate::agent;
 use crate::chain::chain;
-use crate::image::{BuildInputs, Generation};
+use crate::image::{BuildInputs, Generation, ImageName, SourceError};
 
 /// Is told what machines start from; `None` where they need no image.
 pub type Serve<'a> = &'a (dyn Fn(Option<Arc<Current>>) + Send + Sync);
@@ -48,16 +50,31 @@ pub async fn run(
     if stand_in(host, &inputs, serves, serve).await? {
         return Ok(());
     }
-    let mut image = vendor::local_image(host, &mut closing).await?;
-    inputs.image.clone_from(&image.path);
-    let generation = obtain(host, &Arc::new(inputs), &mut closing).await?;
+    let (generation, outdated) = newest(host, &mut inputs, &mut closing).await?;
     promote(host, generation, serve).await?;
     tidy(host).await;
     // It serves what there is; that there may be something newer is to be seen, and tried again.
-    match image.outdated.take() {
+    match outdated {
         Some(reason) => Err(BuildError::Outdated(reason)),
         None => Ok(()),
     }
+}
+
+/// The tested generation of what there is newest, and why that may not be the newest of all.
+pub async fn newest(
+    host: &Arc<Host>,
+    inputs: &mut BuildInputs,
+    closing: &mut watch::Receiver<bool>,
+) -> Result<(Generation, Option<SourceError>), BuildError> {
+    if let ImageName::Registry(name) = &host.spec().image.image {
+        let generation = registry::fetch(host, name, inputs, closing).await?;
+        return Ok((proven(host, generation, closing).await?, None));
+    }
+    // Held until the build is done: its file stays that long.
+    let mut image = vendor::local_image(host, closing).await?;
+    inputs.image.clone_from(&image.path);
+    let generation = obtain(host, &Arc::new(inputs.clone()), closing).await?;
+    Ok((generation, image.outdated.take()))
 }
 
 /// Has serve what can at once; whether that is what the operator pinned.
@@ -104,7 +121,7 @@ async fn stand_in(
 }
 
 /// The tested generation of these inputs, found or made.
-pub async fn obtain(
+async fn obtain(
     host: &Arc<Host>,
     inputs: &Arc<BuildInputs>,
     closing: &mut watch::Receiver<bool>,
@@ -116,7 +133,7 @@ pub async fn obtain(
             Ok(store.find(&key)?)
         })
     };
-    let mut generation = match find(inputs).await? {
+    let generation = match find(inputs).await? {
         Some(generation) => generation,
         None => {
             let lock = builder::turn(host, closing).await?;
@@ -127,6 +144,15 @@ pub async fn obtain(
             }
         }
     };
+    proven(host, generation, closing).await
+}
+
+/// The same generation once a worker has come up from it.
+async fn proven(
+    host: &Arc<Host>,
+    mut generation: Generation,
+    closing: &mut watch::Receiver<bool>,
+) -> Result<Generation, BuildError> {
     if !generation.tested {
         host.image.enter("testing");
         let current = open(generation)?;

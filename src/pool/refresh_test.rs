@@ -12,7 +12,8 @@ use super::control::{Request, Response, client};
 use super::pool_test::spec;
 use super::status::GroupStatus;
 use super::*;
-use crate::image::ImageName;
+use crate::image::registry::testing::{Registry, TestStore};
+use crate::image::{ImageName, registry};
 
 struct Bench {
     dir: TempDir,
@@ -348,4 +349,42 @@ async fn an_image_with_another_login_cannot_be_pinned() {
     );
     pool.shutdown().await;
     other.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_of_a_registry_serves_in_place_of_a_build() {
+    let (registry, other_host) = (Registry::start(), TestStore::new());
+    let generation = other_host.generation(1);
+    let (tag, access) = (registry.name("image:1"), registry.access());
+    let pushed = registry::push(&tag, &generation, None, &access, &|_progress| {});
+    let digest = pushed.await.unwrap().digest;
+    let mut bench = Bench::new("1");
+    bench.spec.image = ImageName::Registry(registry.named(&digest)).into();
+    bench.spec.login.username = "ubuntu".to_owned();
+    bench.spec.disk_gib = 1;
+    let pool = bench.open().await;
+    let status = bench.over(1).await;
+    assert_eq!(status.image.last_error, None);
+    assert_eq!(status.image.generation.as_deref(), Some(digest.as_hex()));
+    assert_eq!(status.counters.images.get("fetched"), Some(&1));
+    assert_eq!(built(&status), 0);
+    pool.shutdown().await;
+    // It is here now, so the next start needs no registry; and it stays refused where it does
+    // not fit, with both sides named.
+    drop(registry);
+    let pool = bench.open().await;
+    let status = bench.over(1).await;
+    assert_eq!(status.image.generation.as_deref(), Some(digest.as_hex()));
+    assert_eq!(status.counters.images.get("fetched"), None);
+    pool.shutdown().await;
+    bench.spec.disk_gib = 2;
+    let _pool = bench.open_as("another").await;
+    let failed = |s: &GroupStatus| s.image.last_error.is_some();
+    let mut status = bench.status("another").await;
+    while !failed(&status) {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+        status = bench.status("another").await;
+    }
+    let error = status.image.last_error.unwrap().text;
+    assert!(error.contains("1024 MiB, vm_disk_size_gb is 2"), "{error}");
 }

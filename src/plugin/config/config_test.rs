@@ -323,6 +323,24 @@ fn every_key_is_in_that_list_and_every_default_fits_its_kind() {
 }
 
 #[test]
+fn an_image_of_a_registry_is_believed_for_a_reason() {
+    let digest = format!(
+        "oci://registry.example.org/ci/image@sha256:{}",
+        "0".repeat(64)
+    );
+    let tag = "oci://registry.example.org/ci/image:1";
+    let pool = check(&json!({ "vm_image": digest })).unwrap().pool;
+    assert_eq!(pool.image.image.to_string(), digest);
+    check(&json!({ "vm_image": tag, "vm_image_keyring": IMAGE })).unwrap();
+    let error = check(&json!({ "vm_image": tag })).unwrap_err().to_string();
+    assert!(error.contains("NAME@sha256:DIGEST"), "{error}");
+    let commands = json!(["true"]);
+    let built = json!({ "vm_image": digest, "vm_prebuild_cloudinit_extra_cmds": commands });
+    let error = check(&built).unwrap_err().to_string();
+    assert!(error.contains("built here"), "{error}");
+}
+
+#[test]
 fn an_image_by_url_and_its_checksum_go_together() {
     let sum = "AB".repeat(32);
     let url = "https://example.org/image.qcow2";

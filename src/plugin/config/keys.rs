@@ -68,7 +68,7 @@ pub(super) const KEYS: &[Key] = &[
     Key {
         name: "vm_image",
         kind: Kind::Text(
-            "`ubuntu`, `ubuntu:24.04`, `ubuntu:noble`, `debian:13`, an https URL, or the absolute path of a file",
+            "`ubuntu`, `ubuntu:24.04`, `ubuntu:noble`, `debian:13`, an https URL, `oci://REGISTRY/NAME:TAG`, or the absolute path of a file",
             |draft, text| {
                 let image: ImageName = text.parse()?;
                 if let ImageName::Path(path) = &image {
@@ -80,7 +80,7 @@ pub(super) const KEYS: &[Key] = &[
         ),
         default: Default::Is(r#""ubuntu""#),
         rebuilds: true,
-        meaning: "The vendor's cloud image. `ubuntu` is the newest supported LTS release; a release by version or codename stays that release. Ubuntu's images are verified by its OpenPGP signature, Debian's by checksums over HTTPS alone, for it signs none. A file is qcow2 or raw. The content counts, not the name.",
+        meaning: "The vendor's cloud image. `ubuntu` is the newest supported LTS release; a release by version or codename stays that release. Ubuntu's images are verified by its OpenPGP signature, Debian's by checksums over HTTPS alone, for it signs none. A file is qcow2 or raw. The content counts, not the name. `oci://` names an image that `fleetingd images push` put into a registry: with `@sha256:DIGEST`, or with a signature by a key of `vm_image_keyring`; it is not built here, so keys that only a build heeds say nothing.",
     },
     Key {
         name: "vm_image_sha256",
@@ -101,7 +101,7 @@ pub(super) const KEYS: &[Key] = &[
         kind: Kind::File(|draft, path| draft.image_keyring = Some(path)),
         default: Default::Found("Ubuntu's key, which is always trusted"),
         rebuilds: false,
-        meaning: "A file of OpenPGP public keys, armored or not, that may sign images beside the vendor's.",
+        meaning: "A file of OpenPGP public keys, armored or not, that may sign images beside the vendor's, and the only ones that may sign images in registries.",
     },
     Key {
         name: "image_mirror",

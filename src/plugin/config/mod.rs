@@ -153,6 +153,9 @@ impl Source {
         if let Some(text) = checksum_out_of_place(&draft) {
             problems.push(self.at("vm_image_sha256", text));
         }
+        if let Some((key, text)) = registry_out_of_place(&draft) {
+            problems.push(self.at(key, text));
+        }
         let connector = Connector::check(&self.connector);
         match (connector, problems.is_empty()) {
             (Ok(connector), true) => match assemble(draft, connector, host) {
@@ -200,6 +203,23 @@ fn checksum_out_of_place(draft: &Draft) -> Option<&'static str> {
         (false, Some(_)) => Some("vm_image_sha256 goes with a URL as vm_image only"),
         _ => None,
     }
+}
+
+/// An image of a registry is believed for a reason, and is not changed.
+fn registry_out_of_place(draft: &Draft) -> Option<(&'static str, &'static str)> {
+    let Some(ImageName::Registry(name)) = &draft.image else {
+        return None;
+    };
+    if name.digest().is_none() && draft.image_keyring.is_none() {
+        return Some((
+            "vm_image",
+            "vm_image names a tag, which anybody who can write there moves; hint: NAME@sha256:DIGEST, or vm_image_keyring with the keys that may sign it",
+        ));
+    }
+    (!draft.extra_commands.is_empty()).then_some((
+        "vm_prebuild_cloudinit_extra_cmds",
+        "vm_prebuild_cloudinit_extra_cmds goes with an image that is built here; hint: set it where the image is prepared and pushed",
+    ))
 }
 
 fn assemble(draft: Draft, connector: Connector, host: &Host) -> Option<Config> {
