@@ -5,6 +5,7 @@
 #![expect(clippy::print_stdout, reason = "this is the answer")]
 
 mod list;
+mod transfer;
 mod wait;
 
 use std::path::{Path, PathBuf};
@@ -14,6 +15,7 @@ use anyhow::{Context, bail, ensure};
 
 use super::status::ask_all;
 use crate::image::Store;
+use crate::image::registry::RegistryName;
 use crate::net;
 use crate::plugin::config::Source;
 use crate::pool::control::client::{Peer, peers};
@@ -76,6 +78,24 @@ enum Command {
     },
     /// Remove images that no machine uses and nobody wants back
     Gc,
+    /// Put an image into a registry, for other hosts
+    Push {
+        /// REGISTRY/NAME:TAG
+        name: RegistryName,
+        /// The image, by the first digits of its name; else the one that serves
+        image: Option<String>,
+        /// Sign it with the OpenPGP secret key in this file, which has no passphrase
+        #[arg(long, value_name = "FILE")]
+        sign_key: Option<PathBuf>,
+    },
+    /// Fetch an image from a registry, for `vm_image = "oci://...@sha256:..."`
+    Pull {
+        /// REGISTRY/NAME:TAG or REGISTRY/NAME@sha256:DIGEST
+        name: RegistryName,
+        /// Keep it for this group, where there are several
+        #[arg(long)]
+        group: Option<String>,
+    },
 }
 
 /// Runs the command.
@@ -92,6 +112,12 @@ pub fn run(args: &ImagesArgs) -> ExitCode {
             change(args, group.as_deref(), &request)
         }
         Command::Gc => collect(args),
+        Command::Push {
+            name,
+            image,
+            sign_key,
+        } => transfer::push(args, name, image.as_deref(), sign_key.as_deref()),
+        Command::Pull { name, group } => transfer::pull(args, name, group.as_deref()),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
