@@ -29,7 +29,7 @@ pub async fn a_failing_command_is_named(place: &Place) -> anyhow::Result<()> {
     let accepted = plugin.client.increase(1).await?;
     ensure!(accepted == 1, "{accepted} machines were accepted");
     let begun = Instant::now();
-    let error = plugin.log_line("no image: ", BUILD_PATIENCE).await?;
+    let error = plugin.log_line("no new image: ", BUILD_PATIENCE).await?;
     for words in [
         "command 4 of vm_prebuild_cloudinit_extra_cmds failed",
         "exit code 1",

@@ -15,6 +15,8 @@ use rustix::io::Errno;
 use rustix::process::{Pid, Signal, kill_process};
 
 const POLL: Duration = Duration::from_millis(20);
+/// The folder of consoles, which stays.
+const CONSOLES: &str = ".instance_data";
 
 /// Runs a command line split at spaces and returns what it printed.
 pub fn run(line: &str) -> anyhow::Result<String> {
@@ -45,7 +47,8 @@ impl Snapshot {
         // Consoles are kept on purpose, and what others keep beside ours is theirs.
         for (folder, ours) in [("", false), ("generations", true), ("snapshots", true)] {
             for name in names(&data.join(folder))? {
-                if ours || name.starts_with('.') || name.contains("delta") {
+                let left = name.starts_with('.') && name != CONSOLES;
+                if ours || left || name.contains("delta") {
                     all.insert(format!("file {folder}/{name}"));
                 }
             }
