@@ -40,7 +40,6 @@ mod view;
 mod vm;
 
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use tokio::sync::{mpsc, oneshot};
 
@@ -101,9 +100,7 @@ impl Pool {
 
     /// Accepts up to `n` new instances and says how many.
     pub async fn increase(&self, n: u32) -> Result<u32, PoolError> {
-        let epoch_seconds = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .map_or(0, |since| since.as_secs());
+        let epoch_seconds = status::epoch();
         match self.ask(Event::Increase { n, epoch_seconds }).await? {
             Answer::Accepted(accepted) => Ok(accepted),
             _ => Err(PoolError::Ended),

@@ -230,15 +230,20 @@ fn shows_block(code: Code, bar: u64, available: u8) -> Code {
         .raw(&[0xba, 0xf8, 0x03, 0x00, 0x00, 0xee])
 }
 
-#[test]
-fn clones_do_not_see_each_others_blocks() {
-    let base = disk_file();
-    let mut spec = with_disk(&remembering_guest(), &base);
+/// A golden machine on `base` that waits for a key.
+fn frozen_guest(base: &Arc<File>) -> Snapshot {
+    let mut spec = with_disk(&remembering_guest(), base);
     spec.golden = true;
     let vm = run(spec);
     vm.wait_for("ready");
     vm.handle.pause().unwrap();
-    let snapshot = vm.handle.freeze().unwrap();
+    vm.handle.freeze().unwrap()
+}
+
+#[test]
+fn clones_do_not_see_each_others_blocks() {
+    let base = disk_file();
+    let snapshot = frozen_guest(&base);
     let clones: Vec<Running> = ["a", "b", "c"]
         .into_iter()
         .map(|key| {
@@ -261,12 +266,7 @@ fn clones_do_not_see_each_others_blocks() {
 #[test]
 fn a_clone_with_a_disk_is_not_saved_itself() {
     let base = disk_file();
-    let mut spec = with_disk(&remembering_guest(), &base);
-    spec.golden = true;
-    let vm = run(spec);
-    vm.wait_for("ready");
-    vm.handle.pause().unwrap();
-    let snapshot = vm.handle.freeze().unwrap();
+    let snapshot = frozen_guest(&base);
     let clone = clone_with_disk(&snapshot, &base);
     let directory = tempfile::tempdir().unwrap();
     let refused = clone.handle.save(directory.path()).unwrap_err();
